@@ -1,0 +1,265 @@
+"""Typed settings: one YAML file, checked when it is read.
+
+Unknown keys are refused with the nearest known one. Every setting here has a test that it changes something.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ace_core.errors import SettingsError
+from ace_core.items import Modality
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CorpusSettings(Section):
+    """Where the media are."""
+
+    path: str = Field("corpus", description="folder (or s3:// prefix) that holds the media")
+    captions: str | None = Field(
+        None, description="captions file; by default captions.jsonl, .csv or .parquet in the corpus folder"
+    )
+
+
+class LimitSettings(Section):
+    """What a media file may cost before it is refused."""
+
+    max_bytes: int = Field(2_000_000_000, gt=0, description="bytes of one file")
+    max_pixels: int = Field(178_000_000, gt=0, description="pixels of a picture or of one video frame")
+    max_seconds: float = Field(4 * 3600, gt=0, description="duration of a sound or video")
+    decode_seconds: float = Field(60, gt=0, description="time to decode one file")
+
+
+class TextEncoderSettings(Section):
+    """The frozen text encoder that queries and captions go through."""
+
+    kind: Literal["minilm", "transformers"] = "minilm"
+    path: str | None = Field(None, description="model folder or hub name (kind: transformers)")
+    max_tokens: int = Field(32, ge=4, le=512, description="tokens of a query that are read")
+    fusion_layers: int = Field(3, ge=1, description="how many of the last layers the generator fuses")
+
+
+class MediaEncoderSettings(Section):
+    """The frozen encoder of one modality."""
+
+    kind: Literal["efficientnet-lite0", "log-mel", "frames", "transformers"]
+    path: str | None = Field(None, description="model folder or hub name (kind: transformers)")
+    frames: int = Field(4, ge=2, le=64, description="frames sampled from a video (kind: frames, transformers)")
+    batch_size: int = Field(16, ge=1, description="items encoded together")
+
+
+class EncoderSettings(Section):
+    """One encoder a modality, one for text. One corpus has one encoder set."""
+
+    text: TextEncoderSettings = TextEncoderSettings()
+    image: MediaEncoderSettings = MediaEncoderSettings(kind="efficientnet-lite0")
+    audio: MediaEncoderSettings = MediaEncoderSettings(kind="log-mel")
+    video: MediaEncoderSettings = MediaEncoderSettings(kind="frames")
+
+    def media(self, modality: Modality) -> MediaEncoderSettings:
+        return getattr(self, modality.value)
+
+
+class SplitSettings(Section):
+    """Which items and captions are kept out of training, for an honest evaluation."""
+
+    attribute: str = Field("split", description="attribute that names an item's split")
+    held_out: tuple[str, ...] = Field(("val", "test"), description="its values whose captions are never trained on")
+    validation: str = Field("val", description="the value that the ranking mix and the calibration are fitted on")
+    keep_one_caption: bool = Field(
+        True, description="keep the last caption of a trained item (with two or more) as a query for seen items"
+    )
+
+
+class AlignerSettings(Section):
+    """Projection heads into the space that text and media share; also the dual-tower baseline."""
+
+    dim: int = Field(256, ge=8, description="dimensions of the shared space")
+    hidden: int = Field(512, ge=0, description="width of a head's hidden layer; 0 for linear heads")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(512, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class QuantizerSettings(Section):
+    """The semantic identifier: coarse token (K-Means), fine tokens (RQ-VAE)."""
+
+    coarse: int = Field(64, ge=2, le=65536, description="K-Means clusters")
+    fine_levels: int = Field(3, ge=1, le=8, description="fine tokens of an identifier")
+    fine_codes: int = Field(256, ge=2, le=65536, description="codes of one fine level")
+    kmeans_iterations: int = Field(25, ge=1)
+    epochs: int = Field(30, ge=0, description="passes of the RQ-VAE over the corpus")
+    batch_size: int = Field(1024, ge=8)
+    learning_rate: float = Field(1e-3, gt=0)
+    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    max_collision_rate: float = Field(0.5, ge=0, le=1, description="gate: share of items that share an identifier")
+    min_perplexity: float = Field(0.1, ge=0, le=1, description="gate: perplexity of a level over its code count")
+
+
+class GeneratorSettings(Section):
+    """The seq2seq model that spells identifiers."""
+
+    width: int = Field(256, ge=16)
+    heads: int = Field(4, ge=1)
+    layers: int = Field(2, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(256, ge=2)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    r_drop: float = Field(0.1, ge=0, description="weight of the R-Drop term")
+    virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
+    virtual_noise: float = Field(0.3, ge=0, description="norm of the noise added to a virtual query")
+    coarse_fusion: bool = True
+    fine_fusion: bool = True
+
+
+class SearchSettings(Section):
+    """How a query is answered."""
+
+    mode: Literal["beam", "one-shot", "verify"] = "beam"
+    beam: int = Field(20, ge=1, le=1000)
+    k: int = Field(20, ge=1, le=1000, description="results returned by default")
+    rerank: bool = Field(True, description="combine the generator's score with the similarity of the rebuilt item")
+
+
+class PublishSettings(Section):
+    """What a snapshot stores."""
+
+    vectors: Literal["none", "int8"] = Field("none", description="stored item vectors for re-ranking")
+
+
+class EvaluationSettings(Section):
+    """What `ace evaluate` measures."""
+
+    max_queries: int = Field(2000, ge=1, description="queries of each kind, drawn with a fixed seed")
+    bootstrap: int = Field(1000, ge=10, description="resamples of the confidence intervals")
+
+
+class ServeSettings(Section):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1, description="replicas the autoscaler may start")
+    max_batch: int = Field(16, ge=1)
+    batch_wait_seconds: float = Field(0.005, ge=0)
+    max_queued: int = Field(256, ge=1, description="requests that may wait; more are answered 429")
+    threads: int = Field(1, ge=1, description="torch threads of a replica")
+    gpus: float = Field(0, ge=0, description="GPUs of a replica")
+    keys_file: str | None = Field(None, description="file of hashed API keys; none leaves the server open")
+    max_body_bytes: int = Field(20_000_000, gt=0)
+
+
+class ComputeSettings(Section):
+    """How much of the cluster a stage takes."""
+
+    address: str | None = Field(None, description="Ray address; none starts an embedded Ray")
+    workers: int = Field(1, ge=1, description="training workers")
+    encoders: int = Field(1, ge=1, description="encoder actors for each modality")
+    threads: int = Field(1, ge=1, description="CPU threads of each worker and encoder")
+    gpus_per_worker: float = Field(0, ge=0)
+    seed: int = 0
+
+
+class Settings(Section):
+    """Everything one corpus needs, from ingestion to serving."""
+
+    store: str = Field("store", description="folder or s3:// prefix for everything ACE writes")
+    corpus: CorpusSettings = CorpusSettings()
+    limits: LimitSettings = LimitSettings()
+    encoders: EncoderSettings = EncoderSettings()
+    split: SplitSettings = SplitSettings()
+    aligner: AlignerSettings = AlignerSettings()
+    quantizer: QuantizerSettings = QuantizerSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    search: SearchSettings = SearchSettings()
+    publish: PublishSettings = PublishSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    serve: ServeSettings = ServeSettings()
+    compute: ComputeSettings = ComputeSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Settings:
+        if self.generator.width % self.generator.heads:
+            raise ValueError(
+                f"generator.width {self.generator.width} is not a multiple of generator.heads {self.generator.heads}"
+            )
+        if self.serve.max_replicas < self.serve.replicas:
+            raise ValueError("serve.max_replicas is below serve.replicas")
+        return self
+
+
+Override = Annotated[str, "section.key=value"]
+
+
+def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()) -> Settings:
+    """Read settings from YAML, then apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        SettingsError: the file is missing or malformed, or a key or value is refused; names the nearest key.
+    """
+    raw: dict[str, Any] = {}
+    where = "settings" if path is None else str(path)
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise SettingsError(
+                "the settings file does not exist", where=path, remedy="Check --config, or leave it out for defaults."
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise SettingsError(f"the settings file is not YAML: {e}", where=path) from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SettingsError("the settings file is not a mapping", where=path)
+        raw = loaded or {}
+    for override in overrides:
+        key, eq, value = override.partition("=")
+        if not eq:
+            raise SettingsError(f"{override!r} is not section.key=value", where="--set")
+        *sections, leaf = key.strip().split(".")
+        node = raw
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise SettingsError(f"{section!r} is not a section", where=f"--set {override}")
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise SettingsError(f"the value is not YAML: {e}", where=f"--set {override}") from None
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as e:
+        raise _readable(e, where) from None
+
+
+def _readable(error: ValidationError, where: str) -> SettingsError:
+    first = error.errors()[0]
+    location = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+        return SettingsError(f"unknown setting {location!r}", where=where, remedy=hint)
+    found = f"{location}: {first['msg']}" if location else first["msg"]
+    return SettingsError(f"{found} (found {first['input']!r})" if location else found, where=where)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
