@@ -11,9 +11,9 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ace_core.errors import StoreError
 
@@ -64,8 +64,13 @@ def hash_folder(folder: Path) -> dict[str, FileEntry]:
     return {p.relative_to(folder).as_posix(): file_entry(p) for p in files}
 
 
-def parse_manifest(text: str | bytes, *, where: object, expect: PartKind | None = None) -> Manifest:
-    """Read a manifest, refusing other versions and kinds by name.
+M = TypeVar("M", bound=Manifest)
+
+
+def parse_manifest(
+    text: str | bytes, *, where: object, expect: PartKind | None = None, model: type[M] = Manifest  # type: ignore[assignment]
+) -> M:
+    """Read a manifest (of class ``model``), refusing other versions and kinds by name.
 
     Raises:
         StoreError: unreadable, of another format version, or of another kind than ``expect``.
@@ -83,12 +88,39 @@ def parse_manifest(text: str | bytes, *, where: object, expect: PartKind | None 
             where=where,
             remedy="Use the ACE release that wrote it, or choose another --store and run the stages again.",
         )
-    manifest = Manifest.model_validate(raw)
-    if expect is not None and manifest.kind != expect:
+    if expect is not None and raw.get("kind") != expect:
         raise StoreError(
-            f"expected a {expect}, found a {manifest.kind} ({manifest.id})", where=where, remedy="Check the path."
+            f"expected a {expect}, found a {raw.get('kind')} ({raw.get('id')})", where=where, remedy="Check the path."
         )
-    return manifest
+    try:
+        return model.model_validate(raw)
+    except ValidationError as e:
+        raise StoreError(
+            f"the manifest is malformed ({e.errors()[0]['msg']})", where=where, remedy="Run its stage again."
+        ) from None
+
+
+def read_manifest(folder: Path, *, expect: PartKind, model: type[M] = Manifest) -> M:  # type: ignore[assignment]
+    """Read ``manifest.json`` of a part's folder.
+
+    Raises:
+        StoreError: there is none (the part was never finished), or it is refused by :func:`parse_manifest`.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(
+            f"there is no finished {expect} here", where=folder, remedy="Run its stage (again), or check --store."
+        ) from None
+    return parse_manifest(text, where=path, expect=expect, model=model)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` atomically: the last file of a part, the sign that it is whole."""
+    temporary = folder / f".{MANIFEST_NAME}.part"
+    temporary.write_text(manifest.model_dump_json(indent=1))
+    temporary.replace(folder / MANIFEST_NAME)
 
 
 def verify_files(folder: Path, manifest: Manifest, *, hashes: bool = True) -> None:
