@@ -1,0 +1,128 @@
+"""The one thing in a store that changes: ``CURRENT``, moved by compare-and-swap so that two publishers cannot both win.
+
+Locally a lock file guards read-compare-rename. On S3 the put carries ``If-Match`` (or ``If-None-Match: *`` for the
+first), which the server refuses with 412 or 409 when somebody was faster. Other file systems have no such request:
+there the swap is a plain write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import dataclass
+
+from ace_core.errors import StoreError
+from ace_store.location import Location
+
+CURRENT_NAME = "CURRENT"
+
+
+@dataclass(frozen=True)
+class Current:
+    """What ``CURRENT`` said when it was read: a snapshot id, and the version to compare with when moving it."""
+
+    snapshot: str | None
+    version: str | None
+
+
+def read_current(location: Location) -> Current:
+    """The published snapshot (None before the first publish).
+
+    Raises:
+        StoreError: the file is not what ``ace publish`` writes.
+    """
+    if location.s3_options is not None:
+        body, version = _s3_get(location)
+    else:
+        try:
+            with location.filesystem.open_input_stream(location.path(CURRENT_NAME)) as f:
+                body = f.read()
+        except FileNotFoundError:
+            body = None
+        version = None if body is None else body.decode(errors="replace")
+    if body is None:
+        return Current(None, None)
+    try:
+        snapshot = json.loads(body)["snapshot"]
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(
+            "CURRENT does not name a snapshot",
+            where=location.uri,
+            remedy="Choose a snapshot with `ace rollback ID`, or run `ace publish` again.",
+        ) from None
+    return Current(snapshot, version)
+
+
+def move_current(location: Location, snapshot: str, seen: Current) -> None:
+    """Point ``CURRENT`` at ``snapshot`` if it is still as ``seen``.
+
+    Raises:
+        StoreError: another publisher moved it in between.
+    """
+    body = json.dumps({"snapshot": snapshot}).encode()
+    if location.s3_options is not None:
+        _s3_put(location, body, seen)
+    elif location.local is not None:
+        _local_swap(location, body, seen)
+    else:
+        with location.filesystem.open_output_stream(location.path(CURRENT_NAME)) as f:
+            f.write(body)
+
+
+def _conflict(location: Location) -> StoreError:
+    return StoreError(
+        "another publisher moved CURRENT while this one worked",
+        where=location.uri,
+        remedy="Look at `ace status`; run this command again to publish on top of it.",
+    )
+
+
+def _local_swap(location: Location, body: bytes, seen: Current) -> None:
+    assert location.local is not None
+    with (location.local / ".CURRENT.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = location.local / CURRENT_NAME
+        now = path.read_text() if path.exists() else None
+        if now != seen.version:
+            raise _conflict(location)
+        temporary = path.with_name(".CURRENT.new")
+        temporary.write_bytes(body)
+        temporary.replace(path)
+
+
+def _s3_key(location: Location) -> dict[str, str]:
+    bucket, _, prefix = location.root.partition("/")
+    return {"Bucket": bucket, "Key": f"{prefix}/{CURRENT_NAME}".lstrip("/")}
+
+
+def _s3_get(location: Location) -> tuple[bytes | None, str | None]:
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**(location.s3_options or {}))
+    key = _s3_key(location)
+    name = f"{key['Bucket']}/{key['Key']}"
+    try:
+        version = fs.call_s3("head_object", **key)["ETag"]
+        return fs.cat_file(name), version
+    except FileNotFoundError:
+        return None, None
+    except OSError as e:
+        # head_object has no body: S3 (and moto) answer a bare 404 that s3fs does not translate.
+        if "404" in str(e) or "Not Found" in str(e):
+            return None, None
+        raise StoreError(f"S3 refused the request ({e})", where=location.uri, remedy="Check the credentials.") from None
+
+
+def _s3_put(location: Location, body: bytes, seen: Current) -> None:
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**(location.s3_options or {}))
+    condition = {"IfNoneMatch": "*"} if seen.version is None else {"IfMatch": seen.version}
+    try:
+        fs.call_s3("put_object", **_s3_key(location), Body=body, **condition)
+    except OSError as e:
+        if isinstance(e, FileExistsError) or any(code in str(e) for code in ("412", "409", "PreconditionFailed")):
+            raise _conflict(location) from None
+        if "condition" in str(e).lower():
+            raise _conflict(location) from None
+        raise StoreError(f"S3 refused the request ({e})", where=location.uri, remedy="Check the credentials.") from None
