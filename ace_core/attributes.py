@@ -73,7 +73,9 @@ def matching(attributes: pa.StructArray, filters: Mapping[str, FilterValue]) -> 
             keep &= _matches(name, column, wanted)
         except pa.ArrowException as e:
             raise QueryError(
-                f"the filter value {wanted!r} cannot be compared with {column.type}", where=f"filters.{name}", remedy=str(e)
+                f"the filter value {wanted!r} cannot be compared with {column.type}",
+                where=f"filters.{name}",
+                remedy=str(e),
             ) from None
     return keep
 

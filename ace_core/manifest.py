@@ -68,7 +68,11 @@ M = TypeVar("M", bound=Manifest)
 
 
 def parse_manifest(
-    text: str | bytes, *, where: object, expect: PartKind | None = None, model: type[M] = Manifest  # type: ignore[assignment]
+    text: str | bytes,
+    *,
+    where: object,
+    expect: PartKind | None = None,
+    model: type[M] = Manifest,  # type: ignore[assignment]
 ) -> M:
     """Read a manifest (of class ``model``), refusing other versions and kinds by name.
 

@@ -27,7 +27,10 @@ def _validate(config: dict) -> dict:
 def test_ray_accepts_cluster_yaml(cluster: dict) -> None:
     prepared = _validate(cluster)
     assert set(prepared["available_node_types"]) == {"head", "cpu", "gpu"}
-    assert sum(t.get("max_workers", 0) for n, t in cluster["available_node_types"].items() if n != "head") <= cluster["max_workers"]
+    assert (
+        sum(t.get("max_workers", 0) for n, t in cluster["available_node_types"].items() if n != "head")
+        <= cluster["max_workers"]
+    )
 
 
 def test_ray_refuses_a_misspelt_key(cluster: dict) -> None:

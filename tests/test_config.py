@@ -1,0 +1,62 @@
+"""Settings: read from YAML, overridden, and refused with a remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ace_core.config import Settings, load_settings
+from ace_core.errors import SettingsError
+
+
+def test_defaults_need_no_file() -> None:
+    assert load_settings() == Settings()
+
+
+def test_yaml_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "ace.yaml"
+    path.write_text("store: s3://bucket/prefix\nquantizer: {coarse: 32, fine_levels: 2}\n")
+    settings = load_settings(path, ("quantizer.coarse=16", "search.mode=one-shot"))
+    assert settings.store == "s3://bucket/prefix"
+    assert (settings.quantizer.coarse, settings.quantizer.fine_levels) == (16, 2)
+    assert settings.search.mode == "one-shot"
+
+
+def test_empty_file_is_defaults(tmp_path: Path) -> None:
+    (tmp_path / "ace.yaml").write_text("")
+    assert load_settings(tmp_path / "ace.yaml") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("quantizer.corse=8", "Did you mean 'coarse'"),
+        ("quantiser.coarse=8", "Did you mean 'quantizer'"),
+        ("quantizer.coarse=1", "quantizer.coarse"),
+        ("quantizer.coarse=many", "quantizer.coarse"),
+        ("generator.width=30", "not a multiple"),
+        ("serve.replicas=4", "max_replicas"),
+        ("store.path=x", "store"),
+        ("nonsense", "section.key=value"),
+        ("quantizer.coarse=[", "not YAML"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(override: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says) as failure:
+        load_settings(None, (override,))
+    assert failure.value.exit_code == 2
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="does not exist"):
+        load_settings(tmp_path / "none.yaml")
+    for text, says in {"- a list": "not a mapping", "a: [": "not YAML"}.items():
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SettingsError, match=says):
+            load_settings(tmp_path / "bad.yaml")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Settings().quantizer.coarse = 3  # type: ignore[misc]
