@@ -29,6 +29,8 @@ class CorpusSettings(Section):
     captions: str | None = Field(
         None, description="captions file; by default captions.jsonl, .csv or .parquet in the corpus folder"
     )
+    shard_items: int = Field(2048, ge=1, description="items written together: what a killed ingestion may repeat")
+    shard_seconds: float = Field(10, gt=0, description="a shard is written at least this often")
 
 
 class LimitSettings(Section):
@@ -74,10 +76,13 @@ class SplitSettings(Section):
     """Which items and captions are kept out of training, for an honest evaluation."""
 
     attribute: str = Field("split", description="attribute that names an item's split")
-    held_out: tuple[str, ...] = Field(("val", "test"), description="its values whose captions are never trained on")
+    held_out: tuple[str, ...] = Field(("val", "test"), description="its values whose items are never trained on")
     validation: str = Field("val", description="the value that the ranking mix and the calibration are fitted on")
     keep_one_caption: bool = Field(
         True, description="keep the last caption of a trained item (with two or more) as a query for seen items"
+    )
+    fraction: float = Field(
+        0.1, ge=0, le=0.5, description="share of captioned items held out where no item names its split"
     )
 
 
@@ -169,10 +174,11 @@ class ComputeSettings(Section):
 
     address: str | None = Field(None, description="Ray address; none starts an embedded Ray")
     workers: int = Field(1, ge=1, description="training workers")
-    encoders: int = Field(1, ge=1, description="encoder actors for each modality")
-    threads: int = Field(1, ge=1, description="CPU threads of each worker and encoder")
-    gpus_per_worker: float = Field(0, ge=0)
-    seed: int = 0
+    encoders: int | None = Field(None, ge=1, description="encoder actors; by default as many as the CPUs allow")
+    threads: int = Field(1, ge=1, description="CPU threads of each training worker and encoder")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each training worker and encoder")
+    max_failures: int = Field(2, ge=0, description="times a fit resumes from its checkpoint after losing a worker")
+    seed: int = Field(0, description="seed of every random choice")
 
 
 class Settings(Section):

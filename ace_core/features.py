@@ -1,0 +1,226 @@
+"""Features: what ingestion writes and every later stage reads, and which of it is kept out of training.
+
+A features part holds ``<modality>/*.parquet`` (one row an item, :func:`features_schema`) and ``errors/*.parquet``
+(one row a file that could not be used, :data:`ERRORS_SCHEMA`). Embeddings are float16 and L2-normalised, in Arrow's
+own ``fixed_shape_tensor`` type, which any Arrow reader knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ace_core.config import SplitSettings
+from ace_core.errors import StoreError
+from ace_core.items import MODALITIES, Modality
+
+ITEM_SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("uri", pa.string()),
+        ("modality", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("attributes", pa.string()),  # JSON object
+        ("content_hash", pa.string()),
+        ("mime", pa.string()),
+        ("start_seconds", pa.float64()),
+        ("end_seconds", pa.float64()),
+        ("stamp", pa.string()),  # size and time of the file when it was read: equal stamps are not read again
+    ]
+)
+ERRORS_SCHEMA = pa.schema([(n, pa.string()) for n in ("item_id", "uri", "modality", "cause", "detail")])
+
+
+def features_schema(dim: int) -> pa.Schema:
+    """Columns of a features file for embeddings of ``dim`` numbers."""
+    return ITEM_SCHEMA.append(pa.field("embedding", pa.fixed_shape_tensor(pa.float16(), [dim])))
+
+
+def with_embeddings(items: pa.Table, embeddings: np.ndarray) -> pa.Table:
+    """Append embeddings (n, d) to n rows of :data:`ITEM_SCHEMA`, as float16."""
+    flat = pa.array(np.ascontiguousarray(embeddings, np.float16).reshape(-1))
+    dim = embeddings.shape[1]
+    storage = pa.FixedSizeListArray.from_arrays(flat, dim)
+    column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), [dim]), storage)
+    return items.select(ITEM_SCHEMA.names).append_column("embedding", column).cast(features_schema(dim))
+
+
+def embeddings_of(table: pa.Table) -> np.ndarray:
+    """The ``embedding`` column as an array (n, d) float16."""
+    column = table.column("embedding")
+    dim = column.type.shape[0]
+    if not table.num_rows:
+        return np.empty((0, dim), np.float16)
+    return np.concatenate([chunk.to_numpy_ndarray() for chunk in column.chunks])
+
+
+@dataclass(frozen=True)
+class Features:
+    """A corpus in memory.
+
+    Attributes:
+        items: n rows of :data:`ITEM_SCHEMA`, grouped by modality in the order of ``MODALITIES``, by id within each.
+        embeddings: (n_m, d_m) float16 for each modality that has items, rows in the order of ``items``.
+    """
+
+    items: pa.Table
+    embeddings: dict[Modality, np.ndarray]
+
+    def __len__(self) -> int:
+        return self.items.num_rows
+
+    @cached_property
+    def modality_tokens(self) -> np.ndarray:
+        """(n,) int64, position of each item's modality in ``MODALITIES``."""
+        return np.concatenate(
+            [np.full(len(self.embeddings[m]), m.token, np.int64) for m in MODALITIES if m in self.embeddings]
+            or [np.empty(0, np.int64)]
+        )
+
+    def rows_of(self, modality: Modality) -> slice:
+        """The rows of ``items`` that hold a modality."""
+        start = 0
+        for m in MODALITIES:
+            count = len(self.embeddings.get(m, ()))
+            if m == modality:
+                return slice(start, start + count)
+            start += count
+        raise AssertionError(modality)
+
+    def counts(self) -> dict[str, int]:
+        """Items of each modality."""
+        return {m.value: len(self.embeddings[m]) for m in MODALITIES if m in self.embeddings}
+
+
+def read_features(folder: str | Path, filesystem: fs.FileSystem | None = None) -> Features:
+    """Read a finished features part whole.
+
+    Args:
+        folder: the part's folder, or its path on ``filesystem``.
+
+    Raises:
+        StoreError: there are no items in it, or the files of one modality hold embeddings of different widths.
+    """
+    filesystem = filesystem or fs.LocalFileSystem()
+    tables, embeddings = [], {}
+    for modality in MODALITIES:
+        selector = fs.FileSelector(f"{folder}/{modality.value}", allow_not_found=True)
+        paths = sorted(i.path for i in filesystem.get_file_info(selector) if i.path.endswith(".parquet"))
+        if not paths:
+            continue
+        try:
+            table = pa.concat_tables([pq.read_table(p, filesystem=filesystem, partitioning=None) for p in paths])
+        except pa.ArrowInvalid as e:
+            raise StoreError(
+                f"the {modality.value} features cannot be read together ({e})",
+                where=folder,
+                remedy="Delete this part and run `ace ingest` again.",
+            ) from None
+        # Shards end in the order in which encoders finish: sort, so that the same corpus always reads the same.
+        table = table.take(pc.sort_indices(table, sort_keys=[("item_id", "ascending")]))
+        tables.append(table.select(ITEM_SCHEMA.names))
+        embeddings[modality] = embeddings_of(table)
+    if not tables:
+        raise StoreError("the features hold no items", where=folder, remedy="Run `ace ingest`, or check the id.")
+    return Features(pa.concat_tables(tables).combine_chunks(), embeddings)
+
+
+def read_errors(folder: str | Path, filesystem: fs.FileSystem | None = None) -> pa.Table:
+    """The files that could not be used, in :data:`ERRORS_SCHEMA`, by id."""
+    filesystem = filesystem or fs.LocalFileSystem()
+    selector = fs.FileSelector(f"{folder}/errors", allow_not_found=True)
+    paths = sorted(i.path for i in filesystem.get_file_info(selector) if i.path.endswith(".parquet"))
+    tables = [pq.read_table(p, filesystem=filesystem, partitioning=None) for p in paths]
+    return pa.concat_tables([ERRORS_SCHEMA.empty_table(), *tables]).sort_by("item_id")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Captions and the items they describe: ``rows`` (p,) int64 into ``Features.items``, ``texts`` of length p."""
+
+    rows: np.ndarray
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def sample(self, limit: int, seed: int) -> Pairs:
+        """At most ``limit`` of them, the same ones for the same seed, in order."""
+        if len(self) <= limit:
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), limit, replace=False))
+        return Pairs(self.rows[chosen], [self.texts[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which items and captions a fit may see.
+
+    Attributes:
+        trained: (n,) bool, items that fits may use, captioned or not.
+        held_out: (n,) bool, the others: neither their captions nor their embeddings are trained on.
+        train_pairs: captions to train on.
+        seen_queries: captions of trained items that were kept out of training.
+        unseen_queries: captions of held-out items, for the test.
+        val_queries: captions of held-out items, for the ranking mix and the calibration.
+    """
+
+    trained: np.ndarray
+    held_out: np.ndarray
+    train_pairs: Pairs
+    seen_queries: Pairs
+    unseen_queries: Pairs
+    val_queries: Pairs
+
+
+def split_of(items: pa.Table, settings: SplitSettings) -> Split:
+    """Decide what is trained on.
+
+    Items name their split in an attribute. Where no item of the corpus does, ``settings.fraction`` of the captioned
+    items are held out, chosen by the hash of their id (so that a growing corpus keeps its split), every second one
+    for validation.
+
+    Args:
+        items: n rows with columns ``item_id``, ``captions`` and ``attributes``.
+    """
+    captions = [c or [] for c in items.column("captions").to_pylist()]
+    names = [json.loads(a or "{}").get(settings.attribute) for a in items.column("attributes").to_pylist()]
+    if all(name is None for name in names):
+        names = _hashed_split(items.column("item_id").to_pylist(), captions, settings)
+    held_out = np.array([name in settings.held_out for name in names], bool)
+    validation = held_out & np.array([name == settings.validation for name in names], bool)
+    train: list[tuple[int, str]] = []
+    seen: list[tuple[int, str]] = []
+    for row in np.flatnonzero(~held_out):
+        texts = captions[row]
+        if settings.keep_one_caption and len(texts) > 1:
+            seen.append((row, texts[-1]))
+            texts = [t for t in texts[:-1] if t != texts[-1]]
+        train.extend((row, text) for text in texts)
+    test = [(row, text) for row in np.flatnonzero(held_out & ~validation) for text in captions[row]]
+    val = [(row, text) for row in np.flatnonzero(validation) for text in captions[row]]
+    return Split(~held_out, held_out, _pairs(train), _pairs(seen), _pairs(test), _pairs(val))
+
+
+def _hashed_split(ids: Sequence[str], captions: Sequence[Sequence[str]], settings: SplitSettings) -> list[str | None]:
+    others = [name for name in settings.held_out if name != settings.validation] or [settings.validation]
+    out: list[str | None] = []
+    for item_id, texts in zip(ids, captions):
+        number = int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "big")
+        held = bool(texts) and (number >> 1) / 2**63 < settings.fraction
+        out.append(None if not held else settings.validation if number & 1 else others[0])
+    return out
+
+
+def _pairs(found: list[tuple[int, str]]) -> Pairs:
+    return Pairs(np.array([row for row, _ in found], np.int64), [text for _, text in found])
