@@ -1,0 +1,215 @@
+"""``ace ingest``: media to features, on Ray Data.
+
+The corpus is listed, what an earlier ingestion already encoded is carried over, and the rest streams through a pool
+of encoder actors, one modality after the other. Encoded rows come back to the driver, which writes them in shards;
+killed at any moment, the same command goes on after the last shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ace_core.config import Settings
+from ace_core.errors import CorpusError
+from ace_core.features import ERRORS_SCHEMA
+from ace_core.items import MODALITIES, Modality
+from ace_core.manifest import Manifest, fingerprint
+from ace_store import Store
+from pipelines.cluster import encoder_count, ensure_ray, reraise
+from pipelines.encode import EncodeItems, KnownEmbeddings
+from pipelines.progress import Reporter, duration
+from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_ids, item_rows, not_in
+from pipelines.sources import Listing, list_corpus
+
+BLOCK_BATCHES = 4  # batches in one task of an encoder: the step of progress
+
+
+def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
+    """Make the features part of the corpus as it is now; nothing is done when the store has it.
+
+    Raises:
+        CorpusError: the corpus cannot be used, or not one of its files can.
+        ModelError: an encoder cannot be had.
+    """
+    started = time.monotonic()
+    listing = list_corpus(settings.corpus)
+    reporter.say(f"{listing.root}: {listing.summary}")
+    present = [m for m in MODALITIES if listing.of(m).num_rows]
+    identities = encoder_identities(settings, present)
+    limits = settings.limits.model_dump()
+    part_id = fingerprint("features", listing.root, listing.digest(), identities, limits)
+    manifest = store.find("features", part_id)
+    if manifest is not None:
+        reporter.say(f"features {part_id}: nothing changed, nothing to do")
+        store.set_latest("features", part_id)
+        return manifest
+    writer = PartWriter.resume(store, part_id, settings.corpus.shard_items, settings.corpus.shard_seconds)
+    for modality in present:
+        _ingest_modality(settings, writer, listing, modality, identities[modality], reporter)
+    manifest = _seal(settings, writer, listing, identities, time.monotonic() - started, reporter)
+    _summarise(manifest, store, reporter)
+    return manifest
+
+
+def encoder_identities(settings: Settings, modalities: list[Modality]) -> dict[str, str]:
+    """What the encoders are: any other weight or setting gives another identity."""
+    from ace_core.encoders import load_media_encoder
+
+    return {m.value: load_media_encoder(m, settings.encoders.media(m), settings.limits).identity for m in modalities}
+
+
+def _ingest_modality(
+    settings: Settings, writer: PartWriter, listing: Listing, modality: Modality, encoder: str, reporter: Reporter
+) -> None:
+    """Bring one modality to its end."""
+    listed = listing.of(modality)
+    missing = not_in(listed, writer.done_ids(modality))
+    if missing.num_rows < listed.num_rows:
+        reporter.say(f"{modality.value}: {listed.num_rows - missing.num_rows:,} done in an earlier run")
+    parts = earlier_parts(writer.store, writer.part_id)
+    carried, known = carry_over(writer, modality, encoder, missing, parts)
+    if carried:
+        reporter.say(f"{modality.value}: {carried:,} unchanged since the last ingestion")
+        missing = not_in(missing, writer.done_ids(modality))
+    if not missing.num_rows:
+        return
+    buffer = writer.buffer(modality, encoder)
+    bad = 0
+    with reporter.step(f"encode {modality.value}", missing.num_rows) as step:
+        for rows, result in _encoded(settings, listing.root, modality, missing, known):
+            good = np.flatnonzero(result["cause"] == "")
+            failed = np.flatnonzero(result["cause"] != "")
+            items = None
+            if len(good):
+                hashes = pa.array(result["content_hash"][good], pa.string())
+                items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good])
+            buffer.add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
+            bad += len(failed)
+            step.advance(rows.num_rows, f"{bad:,} bad files" if bad else "")
+        buffer.flush()
+
+
+def _encoded(
+    settings: Settings, corpus: str, modality: Modality, missing: pa.Table, known: KnownEmbeddings
+) -> Iterator[tuple[pa.Table, dict[str, np.ndarray]]]:
+    """Encode listed files on Ray; yields rows of ``missing`` with the results of :class:`EncodeItems` for them."""
+    ensure_ray(settings.compute)
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    encoder = settings.encoders.media(modality)
+    actors = min(encoder_count(settings.compute), -(-missing.num_rows // encoder.batch_size))
+    work = missing.select(["uri", "bytes"]).append_column("row", pa.array(np.arange(missing.num_rows)))
+    # Small blocks: the pool stays busy to the end, and progress and shards come steadily.
+    batches = max(1, min(BLOCK_BATCHES, missing.num_rows // (encoder.batch_size * actors * 4)))
+    block = encoder.batch_size * batches
+    dataset = ray.data.from_arrow([work.slice(i, block) for i in range(0, work.num_rows, block)]).map_batches(
+        EncodeItems,
+        fn_constructor_args=(modality, encoder, settings.limits, corpus),
+        fn_constructor_kwargs={
+            "threads": settings.compute.threads,
+            "device": "cuda" if settings.compute.gpus_per_worker else "cpu",
+            "known": known,
+        },
+        batch_size=encoder.batch_size,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=settings.compute.threads,
+        num_gpus=settings.compute.gpus_per_worker or None,
+        # A worker that dies on a file would otherwise be retried for ever.
+        max_restarts=2,
+        max_task_retries=1,
+    )
+    try:
+        for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+            yield missing.take(pa.array(result["row"])), result
+    except Exception as e:
+        reraise(e)
+
+
+def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:
+    chosen = rows.select(["item_id", "uri", "modality"]).take(pa.array(failed, pa.int64())).to_pylist()
+    return [
+        {**row, "cause": str(result["cause"][i]), "detail": str(result["detail"][i])}
+        for row, i in zip(chosen, failed.tolist())
+    ]
+
+
+def _seal(
+    settings: Settings,
+    writer: PartWriter,
+    listing: Listing,
+    identities: dict[str, str],
+    seconds: float,
+    reporter: Reporter,
+) -> Manifest:
+    items, reused, causes = Counter[str](), Counter[str](), Counter[str](listing.errors.column("cause").to_pylist())
+    for shard in writer.shards:
+        items[shard.modality.value] += shard.items
+        reused[shard.modality.value] += shard.reused
+        causes.update(shard.errors)
+    total = sum(items.values())
+    if not total:
+        raise CorpusError(
+            f"not one of {listing.items.num_rows:,} files can be used ({_counted(causes)})",
+            where=listing.root,
+            remedy=f"The reasons are in {writer.path('errors')}.",
+        )
+    files = {name: entry for shard in writer.shards for name, entry in shard.files.items()}
+    files |= writer.write_errors("listing", listing.errors.cast(ERRORS_SCHEMA))
+    manifest = Manifest(
+        kind="features",
+        id=writer.part_id,
+        settings={
+            "corpus_root": listing.root,
+            "encoders": settings.encoders.model_dump(),
+            "limits": settings.limits.model_dump(),
+        },
+        metrics={
+            "items": dict(items),
+            "errors": dict(causes),
+            "reused": dict(reused),
+            "disappeared": _disappeared(writer.store, listing, reporter),
+            "encoder_identities": identities,
+            "bytes": int(pc.sum(listing.items.column("bytes")).as_py()),
+            "seconds": round(seconds, 1),
+        },
+        files=files,
+    )
+    writer.store.seal_part(manifest)
+    writer.store.set_latest("features", manifest.id)
+    return manifest
+
+
+def _disappeared(store: Store, listing: Listing, reporter: Reporter) -> int:
+    """Count, and name some of, the items of the last ingestion that are no longer in the corpus."""
+    pointer = store.read_json("features/LATEST")
+    manifest = None if pointer is None else store.find("features", str(pointer["id"]))
+    if manifest is None or manifest.settings.get("corpus_root") != listing.root:
+        return 0
+    before = pa.table({"item_id": indexed_ids(store, manifest.id)})
+    gone = not_in(before, listing.items.column("item_id").combine_chunks()).column("item_id").to_pylist()
+    if gone:
+        more = ", ..." if len(gone) > 3 else ""
+        reporter.say(f"{len(gone):,} items of the last ingestion are gone: {', '.join(gone[:3])}{more}")
+    return len(gone)
+
+
+def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
+    metrics = manifest.metrics
+    counts = ", ".join(f"{count:,} {name}" for name, count in metrics["items"].items())
+    reporter.say(f"features {manifest.id}: {counts} in {duration(metrics['seconds'])}")
+    if metrics["errors"]:
+        total = sum(metrics["errors"].values())
+        reporter.say(f"  {total:,} files could not be used: {_counted(Counter(metrics['errors']))}")
+        reporter.say(f"  the reasons are in {store.path('features', manifest.id, 'errors')}")
+
+
+def _counted(causes: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common()) or "no reason recorded"
