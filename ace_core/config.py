@@ -116,17 +116,25 @@ class QuantizerSettings(Section):
 class GeneratorSettings(Section):
     """The seq2seq model that spells identifiers."""
 
-    width: int = Field(256, ge=16)
-    heads: int = Field(4, ge=1)
-    layers: int = Field(2, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(256, ge=2)
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    r_drop: float = Field(0.1, ge=0, description="weight of the R-Drop term")
+    width: int = Field(128, ge=16, description="width of the decoder")
+    heads: int = Field(4, ge=1, description="attention heads; the width is a multiple of them")
+    layers: int = Field(2, ge=1, description="decoder layers")
+    dropout: float = Field(0.2, ge=0, lt=1)
+    epochs: int = Field(10, ge=1, description="passes over the captions (over the items, where there are none)")
+    batch_size: int = Field(256, ge=2, description="queries of an optimiser step, over all workers")
+    accumulate: int = Field(1, ge=1, description="parts that a step's batch is computed in, to save memory")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    r_drop: float = Field(0.1, ge=0, description="weight of the R-Drop term (a second pass); 0 for one pass")
+    item_loss: float = Field(1.0, ge=0, description="weight of the loss that trains the refined query against items")
+    soft_targets: float = Field(
+        0.5, ge=0, le=1, description="share of a target that goes to items similar by the aligned space"
+    )
+    candidates: int = Field(8192, ge=2, description="items that a step's targets are spread over")
     virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
-    virtual_noise: float = Field(0.3, ge=0, description="norm of the noise added to a virtual query")
+    virtual_noise: float = Field(
+        1.0, ge=0, description="noise of a virtual query: a factor on the gap of a real caption, or without captions its norm"
+    )
     coarse_fusion: bool = True
     fine_fusion: bool = True
 
@@ -156,17 +164,21 @@ class EvaluationSettings(Section):
 class ServeSettings(Section):
     """The HTTP server."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1, description="replicas the autoscaler may start")
-    max_batch: int = Field(16, ge=1)
-    batch_wait_seconds: float = Field(0.005, ge=0)
-    max_queued: int = Field(256, ge=1, description="requests that may wait; more are answered 429")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 only together with keys_file")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    replicas: int = Field(1, ge=1, description="decoding replicas, at least")
+    max_replicas: int = Field(1, ge=1, description="decoding replicas that the autoscaler may start")
+    max_batch: int = Field(16, ge=1, description="queries that a replica decodes together")
+    batch_wait_seconds: float = Field(0.005, ge=0, description="how long a replica waits for a batch to fill")
+    max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
+    request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
+    watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")
     threads: int = Field(1, ge=1, description="torch threads of a replica")
     gpus: float = Field(0, ge=0, description="GPUs of a replica")
     keys_file: str | None = Field(None, description="file of hashed API keys; none leaves the server open")
-    max_body_bytes: int = Field(20_000_000, gt=0)
+    max_body_bytes: int = Field(20_000_000, gt=0, description="size of an uploaded file")
+    max_k: int = Field(200, ge=1, description="results of one query")
+    max_texts: int = Field(32, ge=1, description="texts of one search")
 
 
 class ComputeSettings(Section):

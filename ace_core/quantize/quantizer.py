@@ -1,0 +1,141 @@
+"""The frozen quantizer: item vectors to identifiers and back.
+
+An identifier is (modality, coarse, fine_1..fine_M). Everything is linear, so a rebuilt item is a plain sum,
+
+    x̂ = mean[modality] + C_coarse[k] + C_1[v_1] + ... + C_M[v_M],
+
+and a query's similarity to it is a sum of one term a token: the reason why the generator's heads can start as the
+codebooks. Tokens are chosen in the space of the *metric* A, u = (x - mean[modality]) A, where A A' is the second
+moment of the queries: an error costs what it changes in the similarity to a query (the idea of score-aware
+quantisation, Guo et al. 2020, in its data-dependent form), not what it measures in a direction nobody asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ace_core.arrays import map_arrays, save_arrays
+from ace_core.errors import StoreError
+from ace_core.items import MODALITIES
+from ace_core.quantize.health import CodebookHealth, measure_health
+
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Frozen arrays of a fitted quantizer, all float32.
+
+    Attributes:
+        modality_means: (3, D), mean vector of each modality (zero where the corpus has none).
+        metric: (D, D), A above.
+        coarse: (K, D), K-Means centroids in the metric's space.
+        encoder: (D, d), the RQ-VAE's encoder, from what is left after the centroid to the latent space.
+        latents: M arrays (V, d), the RQ-VAE's codebooks.
+        codebooks: 1 + M arrays (V_l, D): the codewords of the levels after the modality, in the shared space.
+    """
+
+    modality_means: np.ndarray
+    metric: np.ndarray
+    coarse: np.ndarray
+    encoder: np.ndarray
+    latents: tuple[np.ndarray, ...]
+    codebooks: tuple[np.ndarray, ...]
+
+    @property
+    def dim(self) -> int:
+        return self.modality_means.shape[1]
+
+    @property
+    def levels(self) -> int:
+        """Length of an identifier: modality, coarse and fine tokens."""
+        return 1 + len(self.codebooks)
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Number of tokens of each level, the modality's 3 first."""
+        return (len(MODALITIES), *(len(c) for c in self.codebooks))
+
+    def codewords(self, level: int) -> np.ndarray:
+        """(V_l, D) codewords of one level; level 0 gives the modality means."""
+        return self.modality_means if level == 0 else self.codebooks[level - 1]
+
+    @cached_property
+    def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(t.T.copy(), 0.5 * np.square(t).sum(1)) for t in (self.coarse, *self.latents)]
+
+    def assign(self, x: np.ndarray, modality_tokens: np.ndarray) -> np.ndarray:
+        """Identifiers of item vectors.
+
+        Args:
+            x: (n, D) float32 item vectors in the shared space.
+            modality_tokens: (n,) ints, 0..2.
+
+        Returns:
+            (n, levels) uint16.
+        """
+        n = len(x)
+        codes = np.empty((n, self.levels), np.uint16)
+        codes[:, 0] = modality_tokens
+        for start in range(0, n, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            left = (np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]) @ self.metric
+            for level, table in enumerate((self.coarse, *self.latents), start=1):
+                transposed, half_norm = self._tables[level - 1]
+                scores = left @ transposed
+                scores -= half_norm
+                token = scores.argmax(1)
+                codes[rows, level] = token
+                left -= table[token]
+                if level == 1:
+                    left = left @ self.encoder
+        return codes
+
+    def reconstruct(self, codes: np.ndarray) -> np.ndarray:
+        """Identifiers (n, levels) -> rebuilt item vectors (n, D) float32, not normalised."""
+        out = self.modality_means[codes[:, 0]].astype(np.float32)
+        for level in range(1, self.levels):
+            out += self.codebooks[level - 1][codes[:, level]]
+        return out
+
+    def health(self, codes: np.ndarray, x: np.ndarray) -> CodebookHealth:
+        """How well the codebooks are used by these items and how near the rebuilt items are."""
+        return measure_health(codes, self.vocab_sizes, x, self.reconstruct(codes))
+
+    def save(self, folder: Path) -> None:
+        """Write ``quantizer.safetensors``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            "modality_means": self.modality_means,
+            "metric": self.metric,
+            "coarse": self.coarse,
+            "encoder": self.encoder,
+        }
+        arrays |= {f"latents.{i}": a for i, a in enumerate(self.latents)}
+        arrays |= {f"codebooks.{i}": a for i, a in enumerate(self.codebooks)}
+        save_arrays(folder / "quantizer.safetensors", arrays)
+
+    @classmethod
+    def load(cls, folder: Path) -> Quantizer:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StoreError: the file is missing or holds something else.
+        """
+        arrays = {k: np.array(v) for k, v in map_arrays(folder / "quantizer.safetensors").items()}
+        try:
+            levels = sum(k.startswith("codebooks.") for k in arrays)
+            return cls(
+                modality_means=arrays["modality_means"],
+                metric=arrays["metric"],
+                coarse=arrays["coarse"],
+                encoder=arrays["encoder"],
+                latents=tuple(arrays[f"latents.{i}"] for i in range(levels - 1)),
+                codebooks=tuple(arrays[f"codebooks.{i}"] for i in range(levels)),
+            )
+        except KeyError as e:
+            raise StoreError(f"the quantizer lacks {e}", where=folder, remedy="Fit the quantizer again.") from None
