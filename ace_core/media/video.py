@@ -1,0 +1,116 @@
+"""Videos: bytes -> a few frames, by decord where its wheel exists and by PyAV everywhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ace_core.config import LimitSettings
+from ace_core.errors import MediaError
+from ace_core.media.causes import Cause, check_bytes, check_seconds
+from ace_core.media.ffmpeg import DAMAGE, frames_at, last_timestamp, open_container, probe_video
+from ace_core.media.image import resized
+from ace_core.media.structure import is_cut_short
+
+Backend = Literal["decord", "pyav"]
+
+
+@dataclass(frozen=True)
+class VideoClip:
+    """Frames of a video or of a part of it.
+
+    Attributes:
+        frames: (f, h, w, 3) uint8, RGB, in order of time.
+        times: (f,) float64, seconds of each frame from the beginning of the file.
+        seconds: duration of the whole file.
+        fps: frames a second of the file; 0 where it does not say.
+    """
+
+    frames: np.ndarray
+    times: np.ndarray
+    seconds: float
+    fps: float
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """The decoders that are installed, the preferred one first. (decord has no wheel for arm64.)"""
+    return ("decord", "pyav") if importlib.util.find_spec("decord") is not None else ("pyav",)
+
+
+def decode_video(
+    data: bytes,
+    limits: LimitSettings,
+    frames: int,
+    size: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    backend: Backend | None = None,
+) -> VideoClip:
+    """Sample ``frames`` frames uniformly from a video, or from its part from ``start`` to ``end`` seconds.
+
+    The part is cut into ``frames`` equal pieces, and the frame shown in the middle of each is taken; frames of a
+    video with fewer than asked for are repeated. Readers are made inside the call and use one thread: decord is
+    not safe across a fork, and callers run one decoder a core.
+
+    Args:
+        size: height and width that every frame is resized to (the aspect ratio is not kept); None keeps its own.
+        backend: the decoder; by default the first of :func:`available_backends`.
+
+    Raises:
+        MediaError: ``empty``, ``too-large``, ``too-long``, ``too-many-pixels``, ``not-a-video``, ``no-frames``,
+            ``zero-length``, ``truncated`` or ``corrupt``.
+    """
+    check_bytes(data, limits)
+    if start is not None and end is not None and end <= start:
+        raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
+    with open_container(data, Cause.NOT_A_VIDEO) as container:
+        probe = probe_video(container, limits)
+        seconds = probe.seconds or last_timestamp(container)
+        first = start or 0.0
+        last = seconds if end is None else min(end, seconds or end)
+        check_seconds(last - first, limits)
+        if is_cut_short(data):
+            raise MediaError(
+                Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again."
+            )
+        if start is not None and last <= first:
+            raise MediaError(Cause.ZERO_LENGTH, f"the part begins at {first} s, the video lasts {seconds:.2f} s")
+        times = first + (np.arange(frames) + 0.5) * ((last - first) / frames)
+        try:
+            if (backend or available_backends()[0]) == "decord":
+                pictures = _by_decord(data, times, size)
+            else:
+                pictures = [_sized(f, size) for f in frames_at(container, times)]
+        except DAMAGE as e:
+            raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {e}") from None
+    if not pictures:
+        raise MediaError(Cause.NO_FRAMES, "no frame of the video could be decoded")
+    pictures += pictures[-1:] * (frames - len(pictures))
+    return VideoClip(np.stack(pictures), times, seconds, probe.fps)
+
+
+def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndarray]:
+    import decord
+
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
+        if not len(reader):
+            return []
+        begins = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+        indices = np.searchsorted(begins - begins[0], times + 1e-3, side="right") - 1
+        pictures: list[np.ndarray] = []
+        for k, index in enumerate(np.maximum(indices, 0)):
+            repeated = k > 0 and index == indices[k - 1]
+            pictures.append(pictures[-1] if repeated else _sized(reader[int(index)].asnumpy(), size))
+        return pictures
+    except (decord.DECORDError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()
+        raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {reason[0][:200] if reason else e}") from None
+
+
+def _sized(frame: np.ndarray, size: int | None) -> np.ndarray:
+    return frame if size is None else resized(frame, size, size)
