@@ -1,0 +1,278 @@
+"""Constrained beam search: a model spells identifiers, the index lets it spell only those that exist.
+
+Level by level, batched over queries; the model keeps its own state (key-value cache) between levels, and is asked
+only about rows that live: three modalities at most after the first token, whatever the beam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from ace_core.config import SearchSettings
+from ace_core.constraint import ConstraintIndex
+from ace_core.query import QueryBatch
+from ace_core.walk import MaskAddresses, Masks, Rows, Walk
+
+Mode = Literal["beam", "one-shot", "verify"]
+Scoring = Literal["vocabulary", "children"]
+"""Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
+and snapshots), or the allowed children of its row."""
+
+
+class SpellingModel(Protocol):
+    """What the decoder asks of a generator. States are opaque, and never modified once returned."""
+
+    vocab_sizes: tuple[int, ...]
+
+    def start(self, query: QueryBatch) -> Any:
+        """State of n queries, with ``state.modality_logp`` (n, V_0) log-probabilities of the first token."""
+
+    def step(
+        self, state: Any, tokens: torch.Tensor, parents: torch.Tensor | None, level: int
+    ) -> tuple[torch.Tensor, Any]:
+        """Log-probabilities (n, B, V_level) of the token at ``level`` >= 1, and the state after it.
+
+        tokens: (n, B) int64 at level - 1; parents: (n, B) int64, the row of ``state`` that each continues, None at
+        level 1.
+        """
+
+    def score(self, state: Any, tokens: torch.Tensor, parents: torch.Tensor | None, level: int) -> torch.Tensor:
+        """Log-probabilities (n, R, m) of given tokens in one pass.
+
+        tokens: (n, R, m + 1) int64 at levels level - 1 .. level + m - 1; the first is read, the others are scored.
+        """
+
+    def one_shot(self, query: QueryBatch) -> list[torch.Tensor]:
+        """Log-probabilities (n, V_l) of every level's tokens, from the query alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Items found for n queries, best first, c columns.
+
+    Attributes:
+        valid: (n, c) bool; elsewhere the other arrays hold zeros (and -inf log-probabilities).
+        segment, row: (n, c) int64: the segment, and the item's row in its sorted items.
+        log_prob: (n, c) float32, of the whole identifier.
+        level_log_prob: (n, c, levels) float32.
+        codes: (n, c, levels) uint16, the identifier.
+    """
+
+    valid: np.ndarray
+    segment: np.ndarray
+    row: np.ndarray
+    log_prob: np.ndarray
+    level_log_prob: np.ndarray
+    codes: np.ndarray
+
+    def __len__(self) -> int:
+        return self.valid.shape[0]
+
+
+def beam_search(
+    model: SpellingModel,
+    query: QueryBatch,
+    segments: Sequence[ConstraintIndex] | Walk,
+    masks: Masks | Sequence[Masks] | None = None,
+    *,
+    beam: int = 20,
+    limit: int | None = None,
+    scoring: Scoring = "vocabulary",
+    finish: int = 0,
+) -> Candidates:
+    """Spell the most probable identifiers that exist, and return their items.
+
+    Equal identifiers are one row of the beam (a bucket), however many items share it.
+
+    Args:
+        model: a generator of the segments' vocabularies.
+        query: n queries.
+        segments: the indexes to search as one (a :class:`Walk` saves preparing them for each call).
+        masks: allowed items: one mask for each segment, or for each query such a list. A search whose masks leave
+            nothing has no candidates.
+        beam: identifiers kept at each level.
+        limit: candidates returned for a query at most; by default four for each row of the beam.
+        scoring: see :data:`Scoring`.
+        finish: as soon as no query has more than this many items below its rows, all of them are scored in one pass
+            of the model instead of level by level. What is found is at least as probable as without. 0 never does;
+            ``scoring="vocabulary"`` only (the other needs every row's children).
+
+    Returns:
+        Candidates, of at most ``limit`` columns.
+    """
+    walk = segments if isinstance(segments, Walk) else Walk(segments)
+    queries = len(query)
+    addresses = walk.masks(masks, queries)
+    rows = walk.root(queries)
+    with torch.inference_mode():
+        state = model.start(query)
+        log_probs = state.modality_logp[:, None, :]
+        for level in range(walk.levels):
+            if level:
+                width = rows.width
+                if not width:
+                    break
+                tokens, parents = _tokens(rows, width, log_probs.device), _parents(rows, width, log_probs.device)
+                left = walk.levels - level
+                if left > 1 and scoring == "vocabulary" and walk.items_below(rows).max() <= finish:
+                    rows = _finish(model, state, walk, rows, addresses, finish, parents, beam)
+                    break
+                log_probs, state = model.step(state, tokens, parents if level > 1 else None, level)
+            rows = walk.expand(rows, _numpy(log_probs), beam, addresses, renormalise=scoring == "children")
+    return _candidates(walk, rows, addresses, limit or 4 * beam)
+
+
+def one_shot_search(
+    model: SpellingModel,
+    query: QueryBatch,
+    segments: Sequence[ConstraintIndex] | Walk,
+    masks: Masks | Sequence[Masks] | None = None,
+    *,
+    draft: int = 200,
+    limit: int | None = None,
+) -> Candidates:
+    """Identifiers whose tokens are most probable each by itself: one look at the query, no decoder.
+
+    Args:
+        draft: identifiers kept at each level.
+        limit: candidates returned for a query at most; by default two for each of the draft.
+        (others as in :func:`beam_search`)
+    """
+    walk = segments if isinstance(segments, Walk) else Walk(segments)
+    addresses = walk.masks(masks, len(query))
+    with torch.inference_mode():
+        rows = _draft(model, query, walk, addresses, draft)
+    return _candidates(walk, rows, addresses, limit or 2 * draft)
+
+
+def verified_search(
+    model: SpellingModel,
+    query: QueryBatch,
+    segments: Sequence[ConstraintIndex] | Walk,
+    masks: Masks | Sequence[Masks] | None = None,
+    *,
+    draft: int = 200,
+    limit: int | None = None,
+) -> Candidates:
+    """Identifiers drafted as :func:`one_shot_search` does, scored exactly by the decoder in one pass.
+
+    The log-probabilities are those that :func:`beam_search` gives (scoring by vocabulary).
+    """
+    walk = segments if isinstance(segments, Walk) else Walk(segments)
+    addresses = walk.masks(masks, len(query))
+    with torch.inference_mode():
+        rows = _draft(model, query, walk, addresses, draft)
+        width = rows.width
+        if width:
+            state = model.start(query)
+            codes = torch.from_numpy(rows.codes[:, :width].astype(np.int64)).to(state.modality_logp.device)
+            first = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
+            exact = torch.cat([first, model.score(state, codes, None, 1)], 2) if walk.levels > 1 else first
+            rows = _reordered(rows, _numpy(exact), width)
+    return _candidates(walk, rows, addresses, limit or 2 * draft)
+
+
+def search_candidates(
+    model: SpellingModel,
+    query: QueryBatch,
+    segments: Sequence[ConstraintIndex] | Walk,
+    masks: Masks | Sequence[Masks] | None = None,
+    *,
+    settings: SearchSettings,
+    beam: int | None = None,
+) -> Candidates:
+    """Search in the mode, and with the widths, of ``settings``; ``beam`` takes the place of ``settings.beam``."""
+    beam = beam or settings.beam
+    if settings.mode == "beam":
+        return beam_search(
+            model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish
+        )
+    search = one_shot_search if settings.mode == "one-shot" else verified_search
+    return search(model, query, segments, masks, draft=max(settings.draft, beam))
+
+
+def _draft(model: SpellingModel, query: QueryBatch, walk: Walk, addresses: MaskAddresses, draft: int) -> Rows:
+    rows = walk.root(len(query))
+    for log_probs in model.one_shot(query):
+        rows = walk.expand(rows, _numpy(log_probs)[:, None, :], draft, addresses)
+    return rows
+
+
+def _finish(
+    model: SpellingModel, state: Any, walk: Walk, rows: Rows, addresses: MaskAddresses, most: int,
+    parents: torch.Tensor, beam: int,
+) -> Rows:  # fmt: skip
+    """Complete all identifiers below ``rows`` and score their remaining tokens in one pass."""
+    level = rows.level
+    queries = len(rows.live)
+    leaves, ancestor = rows, np.arange(rows.score.shape[1])[None].repeat(queries, 0)
+    for deeper in range(level, walk.levels):
+        # every child of every row: equal scores, and room for all of them
+        equal = replace(leaves, score=np.zeros_like(leaves.score))
+        leaves = walk.expand(equal, np.zeros((queries, 1, walk.vocab_sizes[deeper]), np.float32), most, addresses)
+        ancestor = np.take_along_axis(ancestor, leaves.parent, 1)
+    width = leaves.width
+    device = parents.device
+    tokens = torch.from_numpy(leaves.codes[:, :width, level - 1 :].astype(np.int64)).to(device)
+    ancestor = ancestor[:, :width]
+    known = np.take_along_axis(rows.level_log_prob, ancestor[..., None].repeat(level, 2), 1)
+    continues = torch.gather(parents, 1, torch.from_numpy(ancestor).to(device)) if level > 1 else None
+    scored = _numpy(model.score(state, tokens, continues, level)).astype(np.float64)
+    return _reordered(leaves, np.concatenate([known, scored], axis=2), beam)
+
+
+def _reordered(rows: Rows, level_log_prob: np.ndarray, beam: int) -> Rows:
+    """The best ``beam`` complete rows by new log-probabilities (n, R, levels) of their first R."""
+    width = level_log_prob.shape[1]
+    level_log_prob = level_log_prob.astype(np.float64)
+    score = np.where(np.arange(width) < rows.live[:, None], level_log_prob.sum(2), -np.inf)
+    best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
+    take = np.arange(len(score))[:, None], best
+    return Rows(
+        live=np.minimum(np.isfinite(score).sum(1), beam),
+        low=rows.low[take],
+        high=rows.high[take],
+        score=score[take],
+        parent=rows.parent[take],
+        codes=rows.codes[take],
+        level_log_prob=level_log_prob[take],
+    )
+
+
+def _tokens(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(rows.codes[:, :width, -1].astype(np.int64)).to(device)
+
+
+def _parents(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows.parent[:, :width])).to(device)
+
+
+def _numpy(log_probs: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(log_probs.detach().cpu().numpy())
+
+
+def _candidates(walk: Walk, rows: Rows, addresses: MaskAddresses, limit: int) -> Candidates:
+    """Items of complete rows; an empty table where the walk ended early because nothing is left."""
+    queries = len(rows.live)
+    if rows.level < walk.levels:
+        empty = np.zeros((queries, 0), np.int64)
+        tokens = np.zeros((queries, 0, walk.levels))
+        return Candidates(empty.astype(bool), empty, empty, empty.astype(np.float32), tokens.astype(np.float32),
+                          tokens.astype(np.uint16))  # fmt: skip
+    segment, item, leaf, found = walk.collect(rows, addresses, limit)
+    valid = np.arange(item.shape[1]) < found[:, None]
+    take = np.arange(queries)[:, None], leaf
+    blank = ~valid[..., None]
+    return Candidates(
+        valid=valid,
+        segment=segment,
+        row=item,
+        log_prob=np.where(valid, rows.score[take], -np.inf).astype(np.float32),
+        level_log_prob=np.where(blank, -np.inf, rows.level_log_prob[take]).astype(np.float32),
+        codes=np.where(blank, 0, rows.codes[take]).astype(np.uint16),
+    )

@@ -1,0 +1,211 @@
+"""Beams over the constraint index: what the compiled kernels read and write, as typed arrays.
+
+A :class:`Walk` joins the segments of a snapshot (the main one and its small additions). A beam row holds an interval
+in every segment, so that the answer is the one a single rebuilt index would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ace_core import kernels
+from ace_core.constraint import ConstraintIndex
+from ace_core.errors import QueryError, StoreError
+from ace_core.filters import ItemMask
+
+Masks = Sequence[ItemMask | None]
+"""One mask for each segment; None allows all its items."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
+
+    Attributes:
+        live: (n,) int64, rows that exist. The rest of every array is meaningless beyond them.
+        low, high: (n, B, S) int64, per segment the interval of the row's children, numbered as nodes of level
+            ``level``; after the last level, the interval of its items.
+        score: (n, B) float64, summed log-probabilities.
+        parent: (n, B) int64, the previous row that each row continues.
+        codes: (n, B, level) uint16, the tokens so far.
+        level_log_prob: (n, B, level) float64.
+    """
+
+    live: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    score: np.ndarray
+    parent: np.ndarray
+    codes: np.ndarray
+    level_log_prob: np.ndarray
+
+    @property
+    def level(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Rows of the fullest query."""
+        return int(self.live.max(initial=0))
+
+
+class Walk:
+    """Segments that are searched as one.
+
+    Args:
+        segments: one or more indexes over the same vocabularies.
+
+    Raises:
+        StoreError: no segment, or segments of different vocabularies.
+    """
+
+    def __init__(self, segments: Sequence[ConstraintIndex]) -> None:
+        self.segments = tuple(segments)  # held: the kernels see addresses only
+        if not self.segments:
+            raise StoreError("there is no segment to search", remedy="Publish a snapshot first.")
+        self.vocab_sizes = self.segments[0].vocab_sizes
+        if any(s.vocab_sizes != self.vocab_sizes for s in self.segments):
+            raise StoreError(
+                f"segments have different vocabularies: {[s.vocab_sizes for s in self.segments]}",
+                remedy="All segments of a snapshot must come from one quantizer: publish again.",
+            )
+        self._tokens = np.array([_addresses(level) for level in zip(*(s.tokens for s in self.segments))])
+        self._tokens_wide = [t.dtype == np.uint16 for t in self.segments[0].tokens]
+        levels = len(self.vocab_sizes)
+        self._pointers = np.array([_addresses(s.first_child) for s in self.segments], np.uint64)
+        self._pointers = self._pointers.reshape(len(self.segments), levels - 1)
+        self._wide = np.array([any(p.dtype == np.int64 for p in s.first_child) for s in self.segments])
+        self._roots = np.array([len(s.tokens[0]) for s in self.segments], np.int64)
+
+    @property
+    def levels(self) -> int:
+        return len(self.vocab_sizes)
+
+    @property
+    def items(self) -> int:
+        """Items of all segments."""
+        return sum(s.items for s in self.segments)
+
+    def root(self, queries: int) -> Rows:
+        """One row a query, before the first token."""
+        low = np.zeros((queries, 1, len(self.segments)), np.int64)
+        return Rows(
+            live=np.ones(queries, np.int64),
+            low=low,
+            high=low + self._roots,
+            score=np.zeros((queries, 1)),
+            parent=np.zeros((queries, 1), np.int64),
+            codes=np.zeros((queries, 1, 0), np.uint16),
+            level_log_prob=np.zeros((queries, 1, 0)),
+        )
+
+    def expand(
+        self, rows: Rows, log_probs: np.ndarray, beam: int, masks: MaskAddresses, *, renormalise: bool = False
+    ) -> Rows:
+        """The ``beam`` best allowed children of each query's rows.
+
+        Args:
+            rows: at most levels - 1 tokens long.
+            log_probs: (n, B, V) of the next level, none above zero, C-contiguous; (n, 1, V) where all rows of a query
+                share them.
+            masks: from :meth:`masks`.
+            renormalise: share the probability among a row's allowed children.
+        """
+        level, queries = rows.level, len(rows.live)
+        if log_probs.shape[0] != queries or log_probs.shape[2] != self.vocab_sizes[level]:
+            raise StoreError(
+                f"the model gives log-probabilities {log_probs.shape} at level {level}, the index has "
+                f"{self.vocab_sizes[level]} tokens there",
+                remedy="Snapshot and generator must belong together: publish again.",
+            )
+        if log_probs.shape[1] not in (1, *range(rows.width, rows.low.shape[1] + 1)):
+            raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
+        shape = (queries, beam)
+        low, high = np.empty((2, *shape, len(self.segments)), np.int64)
+        parent, token = np.zeros((2, *shape), np.int64)
+        score, log_prob = np.zeros((2, *shape))
+        live = np.empty(queries, np.int64)
+        kernels.expand(
+            self._tokens[level], self._tokens_wide[level], self._pointers, self._wide, level, masks.words,
+            masks.before, rows.low, rows.high, rows.score, rows.live, log_probs, renormalise,
+            parent, token, low, high, score, log_prob, live,
+        )  # fmt: skip
+        query = np.arange(queries)[:, None]
+        return Rows(
+            live=live,
+            low=low,
+            high=high,
+            score=score,
+            parent=parent,
+            codes=np.concatenate([rows.codes[query, parent], token[..., None].astype(np.uint16)], axis=2),
+            level_log_prob=np.concatenate([rows.level_log_prob[query, parent], log_prob[..., None]], axis=2),
+        )
+
+    def items_below(self, rows: Rows) -> np.ndarray:
+        """(n,) int64: items below each query's live rows, filtered ones included."""
+        low, high = rows.low, rows.high
+        counts = np.zeros(rows.score.shape, np.int64)
+        alive = np.arange(rows.score.shape[1]) < rows.live[:, None]
+        for s, segment in enumerate(self.segments):
+            begin, end = np.where(alive, low[..., s], 0), np.where(alive, high[..., s], 0)
+            for pointers in segment.first_child[rows.level :]:
+                begin, end = pointers[begin], pointers[end]
+            counts += end - begin
+        return counts.sum(1)
+
+    def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> tuple[np.ndarray, ...]:
+        """The allowed items of complete rows: best row first, inside a row by segment and item.
+
+        Returns:
+            segment, item, leaf: (n, c) int64, c at most ``limit``; found: (n,) int64, how many of each are real.
+        """
+        capacity = int(min(limit, max(1, self.items_below(rows).max(initial=0))))
+        segment, item, leaf = np.zeros((3, len(rows.live), capacity), np.int64)
+        found = np.empty(len(rows.live), np.int64)
+        kernels.collect(masks.words, rows.low, rows.high, rows.live, segment, item, leaf, found)
+        width = int(found.max(initial=0))
+        return segment[:, :width], item[:, :width], leaf[:, :width], found
+
+    def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> MaskAddresses:
+        """Masks as the kernels read them: for all queries one mask a segment, or for every query its own.
+
+        Raises:
+            QueryError: their number or lengths do not fit the segments.
+        """
+        if masks is None:
+            masks = [None] * len(self.segments)
+        shared = all(m is None or isinstance(m, ItemMask) for m in masks)
+        per_query: list[Masks] = [masks] if shared else list(masks)  # type: ignore[list-item, arg-type]
+        if len(per_query) not in (1, queries) or any(len(m) != len(self.segments) for m in per_query):
+            raise QueryError(
+                f"masks for {len(per_query)} queries x {[len(m) for m in per_query]} segments",
+                remedy=f"Give one for each of {len(self.segments)} segments, once or for each of {queries} queries.",
+            )
+        for row in per_query:
+            for mask, segment in zip(row, self.segments):
+                if mask is not None and mask.items != segment.items:
+                    raise QueryError(
+                        f"a mask of {mask.items} items for a segment of {segment.items}",
+                        remedy="Build the mask over the segment's sorted items.",
+                    )
+        return MaskAddresses(
+            words=np.array([_addresses([None if m is None else m.words for m in row]) for row in per_query]),
+            before=np.array([_addresses([None if m is None else m.before for m in row]) for row in per_query]),
+            held=tuple(m for row in per_query for m in row),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MaskAddresses:
+    """Addresses of mask arrays, (n or 1, S) uint64, 0 for no mask; ``held`` keeps the arrays alive."""
+
+    words: np.ndarray
+    before: np.ndarray
+    held: tuple[ItemMask | None, ...]
+
+
+def _addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+    return np.array([0 if a is None else a.__array_interface__["data"][0] for a in arrays], np.uint64)

@@ -1,0 +1,127 @@
+"""The constraint index and item masks: properties over random corpora."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ace_core.arrays import map_arrays, save_arrays
+from ace_core.constraint import ConstraintIndex
+from ace_core.errors import QueryError, StoreError
+from ace_core.filters import ItemMask
+from tests.decoding_reference import build, corpora
+
+
+@settings(deadline=None)
+@given(corpora())
+def test_nodes_are_the_distinct_prefixes_and_intervals_of_the_items(corpus):
+    codes, sizes = corpus
+    index, ordered, _ = build(codes, sizes)
+    assert index.items == len(codes)
+    for level in range(index.levels):
+        last = level == index.levels - 1
+        prefixes = ordered if last else np.unique(ordered[:, : level + 1], axis=0)
+        assert index.tokens[level].tolist() == prefixes[:, level].tolist()
+        low, high = index.item_interval(level, np.arange(len(prefixes)))
+        for node, prefix in enumerate(prefixes):
+            inside = ordered[low[node] : high[node], : level + 1]
+            assert (inside == prefix[: level + 1]).all()
+            count = 1 if last else (ordered[:, : level + 1] == prefix).all(1).sum()
+            assert high[node] - low[node] == count
+
+
+@settings(deadline=None)
+@given(corpora(min_items=1))
+def test_first_child_points_at_the_children(corpus):
+    codes, sizes = corpus
+    index, ordered, _ = build(codes, sizes)
+    for level, pointers in enumerate(index.first_child):
+        assert pointers.dtype == np.int32
+        assert (np.diff(pointers) >= 1).all()
+        for node in range(len(index.tokens[level])):
+            low, high = index.item_interval(level, np.array([node]))
+            column = ordered[low[0] : high[0], level + 1]
+            children = column if level + 1 == index.levels - 1 else np.unique(column)
+            assert index.tokens[level + 1][pointers[node] : pointers[node + 1]].tolist() == children.tolist()
+
+
+def test_tokens_are_narrow_where_the_vocabulary_is():
+    codes = np.array([[0, 0, 0], [2, 256, 255]], np.uint16)
+    index = ConstraintIndex.build(codes, (3, 257, 256))
+    assert [t.dtype for t in index.tokens] == [np.uint8, np.uint16, np.uint8]
+
+
+def test_ten_bytes_an_item():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (200_000, 5)).astype(np.uint16)
+    codes[:, :2] %= 16
+    index, _, _ = build(codes, (256,) * 5)
+    assert index.nbytes / index.items <= 12
+
+
+def test_items_out_of_order_are_refused():
+    with pytest.raises(StoreError, match="not sorted"):
+        ConstraintIndex.build(np.array([[0, 1, 1], [0, 1, 0]], np.uint16), (3, 2, 2))
+    with pytest.raises(StoreError, match="not sorted"):
+        ConstraintIndex.build(np.array([[1, 0], [0, 1]], np.uint16), (3, 2))
+
+
+@settings(deadline=None)
+@given(corpora())
+def test_saved_and_mapped_back_it_is_the_same(tmp_path_factory, corpus):
+    codes, sizes = corpus
+    index, _, _ = build(codes, sizes)
+    path = tmp_path_factory.mktemp("index") / "constraint.safetensors"
+    index.save(path)
+    loaded = ConstraintIndex.load(path)
+    assert loaded.vocab_sizes == sizes
+    for a, b in zip((*index.tokens, *index.first_child), (*loaded.tokens, *loaded.first_child)):
+        assert a.dtype == b.dtype and (a == b).all()
+        assert not b.flags.writeable or not len(b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("tokens_1"), "'tokens_1' is missing"),
+        (lambda a: a.update(first_child_0=a["first_child_0"] + 1), "level 0 does not fit level 1"),
+        (lambda a: a.update(first_child_0=a["first_child_0"][1:]), "level 0 does not fit level 1"),
+        (lambda a: a.update(tokens_1=a["tokens_1"].astype(np.uint16)), "tokens of level 1 are uint16"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, change, message):
+    index, _, _ = build(np.array([[0, 1], [0, 2], [1, 1]], np.uint16), (3, 4))
+    path = tmp_path / "constraint.safetensors"
+    index.save(path)
+    arrays = {k: np.array(v) for k, v in map_arrays(path).items()}
+    change(arrays)
+    save_arrays(path, arrays)
+    with pytest.raises(StoreError, match=message):
+        ConstraintIndex.load(path)
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=300), st.data())
+def test_a_mask_counts_what_it_allows(allowed, data):
+    allowed = np.array(allowed, bool)
+    mask = ItemMask.of(allowed)
+    assert mask.items == len(allowed)
+    assert (mask.to_bool() == allowed).all()
+    edges = np.arange(len(allowed) + 1)
+    assert mask.rank(edges).tolist() == [int(allowed[:i].sum()) for i in edges]
+    assert mask.allowed == allowed.sum()
+    other = np.array(data.draw(st.lists(st.booleans(), min_size=len(allowed), max_size=len(allowed))), bool)
+    both = mask & ItemMask.of(other)
+    assert (both.to_bool() == (allowed & other)).all()
+    assert both.rank(edges).tolist() == [int((allowed & other)[:i].sum()) for i in edges]
+
+
+def test_tombstones_are_a_mask():
+    mask = ItemMask.without(100, np.array([3, 64, 99]))
+    assert mask.allowed == 97
+    assert np.flatnonzero(~mask.to_bool()).tolist() == [3, 64, 99]
+
+
+def test_masks_of_different_segments_do_not_combine():
+    with pytest.raises(QueryError, match="masks of 3 and 4 items"):
+        ItemMask.of(np.ones(3, bool)) & ItemMask.of(np.ones(4, bool))

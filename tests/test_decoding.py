@@ -1,0 +1,302 @@
+"""Beam search: against a plain reference, over random corpora, masks and segments."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ace_core.config import SearchSettings
+from ace_core.decoding import beam_search, one_shot_search, search_candidates, verified_search
+from ace_core.errors import QueryError, StoreError
+from ace_core.filters import ItemMask
+from ace_core.walk import Walk
+from tests.decoding_reference import TableModel, build, corpora, queries, reference_beam
+
+few = settings(deadline=None, max_examples=60)  # the first example may wait for the kernels to compile
+beams = st.sampled_from([1, 2, 3, 7, 100])
+scorings = st.sampled_from(["vocabulary", "children"])
+
+
+def leaves(candidates, q):
+    """[(identifier, log-probability)] without repeats, in order."""
+    seen = {}
+    for codes, log_prob, valid in zip(candidates.codes[q].tolist(), candidates.log_prob[q], candidates.valid[q]):
+        if valid:
+            seen.setdefault(tuple(codes), float(log_prob))
+    return list(seen.items())
+
+
+def agree(found, expected):
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    np.testing.assert_allclose([p for _, p in found], [p for _, p in expected], rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(corpora(), beams, scorings, st.sampled_from([0.0, 0.1, 0.7, 1.0]), st.integers(0, 2**31))
+def test_equal_to_the_reference(corpus, beam, scoring, share, seed):
+    codes, sizes = corpus
+    index, ordered, _ = build(codes, sizes)
+    allowed = np.random.default_rng(seed).random(len(codes)) < share
+    model = TableModel(sizes)
+    found = beam_search(
+        model, queries([1, 2, 3]), [index], [ItemMask.of(allowed)], beam=beam, scoring=scoring, limit=1000
+    )
+    for q, number in enumerate([1, 2, 3]):
+        agree(leaves(found, q), reference_beam(model, number, ordered, allowed, beam, scoring))
+        rows = found.row[q][found.valid[q]]
+        assert len(set(rows.tolist())) == len(rows)
+        assert allowed[rows].all()
+        assert (ordered[rows] == found.codes[q][found.valid[q]]).all()
+        np.testing.assert_allclose(found.level_log_prob[q].sum(-1), found.log_prob[q], rtol=1e-4)
+        # a leaf brings all its allowed items
+        expected = {i for i in np.flatnonzero(allowed) if tuple(ordered[i]) in dict(leaves(found, q))}
+        assert set(rows.tolist()) == expected
+
+
+@few
+@given(corpora(min_items=1), st.integers(0, 2**31))
+def test_a_beam_as_wide_as_the_corpus_is_exhaustive(corpus, seed):
+    codes, sizes = corpus
+    index, ordered, _ = build(codes, sizes)
+    model = TableModel(sizes)
+    found = beam_search(model, queries([seed % 1000]), [index], beam=len(codes), limit=len(codes))
+    every = [
+        sum(model._log_probs(seed % 1000, tuple(c[:level]))[c[level]] for level in range(len(sizes)))
+        for c in ordered.tolist()
+    ]
+    assert sorted(found.row[0].tolist()) == list(range(len(codes)))
+    np.testing.assert_allclose(found.log_prob[0], sorted(every, reverse=True), rtol=1e-5)
+
+
+@few
+@given(corpora(), st.lists(st.integers(0, 3), min_size=40, max_size=40), beams, scorings, st.integers(0, 2**31))
+def test_segments_together_are_one_rebuilt_index(corpus, part_of, beam, scoring, seed):
+    codes, sizes = corpus
+    part_of = np.array(part_of[: len(codes)], int)
+    alive = np.random.default_rng(seed).random(len(codes)) < 0.8
+    parts = [np.flatnonzero(part_of == p) for p in range(4)]
+    segments, masks, names = [], [], []
+    for part in parts:
+        index, _, order = build(codes[part], sizes)
+        segments.append(index)
+        names.append(part[order])
+        masks.append(ItemMask.of(alive[part[order]]))
+    whole = np.concatenate(parts)[alive[np.concatenate(parts)]]  # equal identifiers stay in the order of segments
+    rebuilt, _, order = build(codes[whole], sizes)
+    model = TableModel(sizes)
+    args = {"beam": beam, "scoring": scoring, "limit": 15}
+    joint = beam_search(model, queries([5, 6]), segments, masks, **args)
+    alone = beam_search(model, queries([5, 6]), [rebuilt], **args)
+    assert joint.valid.tolist() == alone.valid.tolist()
+    for q in range(2):
+        ok = joint.valid[q]
+        of_joint = [names[s][r] for s, r in zip(joint.segment[q][ok], joint.row[q][ok])]
+        assert of_joint == whole[order][alone.row[q][ok]].tolist()
+        np.testing.assert_array_equal(joint.log_prob[q], alone.log_prob[q])
+
+
+@few
+@given(corpora(min_items=1), beams, st.integers(1, 200), st.integers(0, 2**31))
+def test_an_early_finish_finds_the_same_or_better(corpus, beam, finish, seed):
+    codes, sizes = corpus
+    index, _, _ = build(codes, sizes)
+    allowed = ItemMask.of(np.random.default_rng(seed).random(len(codes)) < 0.8)
+    model = TableModel(sizes)
+    plain = beam_search(model, queries([1, 2]), [index], [allowed], beam=beam, limit=500)
+    early = beam_search(model, queries([1, 2]), [index], [allowed], beam=beam, limit=500, finish=finish)
+    for q in range(2):
+        a, b = leaves(plain, q), leaves(early, q)
+        assert len(b) >= len(a)
+        assert all(y[1] >= x[1] - 1e-5 for x, y in zip(a, b))
+        for identifier, log_prob in b:
+            exact = sum(model._log_probs(q + 1, identifier[:m])[identifier[m]] for m in range(len(sizes)))
+            assert log_prob == pytest.approx(exact, abs=1e-5)
+        if beam == 100:
+            agree(b, a)
+
+
+def test_an_early_finish_saves_steps():
+    codes = np.array([[0, a, a, a, a] for a in range(30)], np.uint16)
+    index, _, _ = build(codes, (3, 30, 30, 30, 30))
+    model = TableModel((3, 30, 30, 30, 30))
+    plain = beam_search(model, queries([1]), [index], beam=5)
+    assert model.steps == 4
+    model.steps = 0
+    early = beam_search(model, queries([1]), [index], beam=5, finish=5)
+    assert model.steps == 1
+    agree(leaves(early, 0), leaves(plain, 0))
+
+
+@few
+@given(corpora(), st.sampled_from([0.0, 0.1, 1.0]), st.integers(0, 2**31))
+def test_one_shot_and_verify_score_every_identifier_of_a_wide_draft(corpus, share, seed):
+    codes, sizes = corpus
+    index, ordered, _ = build(codes, sizes)
+    allowed = np.random.default_rng(seed).random(len(codes)) < share
+    model = TableModel(sizes)
+    masks = [ItemMask.of(allowed)]
+    drafted = one_shot_search(model, queries([1, 2]), [index], masks, draft=100)
+    verified = verified_search(model, queries([1, 2]), [index], masks, draft=100)
+    spelled = beam_search(model, queries([1, 2]), [index], masks, beam=100)
+    tables = [t.numpy() for t in model.one_shot(queries([1, 2]))]
+    for q in range(2):
+        exist = {tuple(c) for c in ordered[allowed].tolist()}
+        sums = {c: sum(tables[level][q, t] for level, t in enumerate(c)) for c in exist}
+        agree(leaves(drafted, q), sorted(sums.items(), key=lambda item: -item[1]))
+        agree(leaves(verified, q), leaves(spelled, q))
+        assert verified.row[q].tolist() == spelled.row[q].tolist()
+
+
+def test_a_narrow_draft_is_what_is_verified():
+    rng = np.random.default_rng(0)
+    sizes = (3, 20, 20)
+    codes = np.stack([rng.integers(0, s, 400) for s in sizes], 1).astype(np.uint16)
+    index, _, _ = build(codes, sizes)
+    model = TableModel(sizes)
+    drafted = one_shot_search(model, queries([1]), [index], draft=12)
+    verified = verified_search(model, queries([1]), [index], draft=12)
+    assert {i for i, _ in leaves(drafted, 0)} == {i for i, _ in leaves(verified, 0)}
+    assert len(leaves(drafted, 0)) == 12
+    assert (np.diff(verified.log_prob[0]) <= 0).all()
+    for identifier, log_prob in leaves(verified, 0):
+        exact = sum(model._log_probs(1, identifier[:m])[identifier[m]] for m in range(3))
+        assert log_prob == pytest.approx(exact, abs=1e-5)
+
+
+def test_every_search_setting_changes_the_search():
+    rng = np.random.default_rng(0)
+    sizes = (3, 20, 20, 20)
+    codes = np.stack([rng.integers(0, s, 2000) for s in sizes], 1).astype(np.uint16)
+    index, _, _ = build(codes, sizes)
+    model = TableModel(sizes)
+
+    def search(**changes):
+        return search_candidates(model, queries([1]), [index], settings=SearchSettings(**changes))
+
+    plain = search()
+    assert len(leaves(plain, 0)) == 20
+    assert len(leaves(search(beam=7), 0)) == 7
+    asked = search_candidates(model, queries([1]), [index], settings=SearchSettings(), beam=7)
+    assert leaves(asked, 0) == leaves(search(beam=7), 0)
+    assert len(leaves(search(mode="one-shot", draft=50), 0)) == len(leaves(search(mode="verify", draft=50), 0)) == 50
+    assert leaves(search(mode="one-shot"), 0) != leaves(search(mode="verify"), 0)
+    assert search(scoring="children").log_prob[0, 0] > plain.log_prob[0, 0]
+    model.steps = 0
+    early = leaves(search(finish=1000), 0)
+    assert sum(p for _, p in early) > sum(p for _, p in leaves(plain, 0))
+    assert model.steps == 1
+
+
+@few
+@given(corpora(min_items=1), beams, scorings)
+def test_alone_or_in_any_batch_the_same(corpus, beam, scoring):
+    codes, sizes = corpus
+    index, _, _ = build(codes, sizes)
+    model = TableModel(sizes)
+    together = beam_search(model, queries([4, 5, 6]), [index], beam=beam, scoring=scoring)
+    for q, number in enumerate([4, 5, 6]):
+        alone = beam_search(model, queries([number]), [index], beam=beam, scoring=scoring)
+        ok = together.valid[q]
+        assert together.row[q][ok].tolist() == alone.row[0].tolist()
+        assert together.log_prob[q][ok].tolist() == alone.log_prob[0].tolist()
+
+
+@few
+@given(corpora(min_items=1), beams, st.integers(0, 2**31))
+def test_each_query_may_have_its_own_filter(corpus, beam, seed):
+    codes, sizes = corpus
+    index, _, _ = build(codes, sizes)
+    rng = np.random.default_rng(seed)
+    masks = [[ItemMask.of(rng.random(len(codes)) < share)] for share in (0.0, 0.3, 1.0)] + [[None]]
+    model = TableModel(sizes)
+    together = beam_search(model, queries([4, 5, 6, 7]), [index], masks, beam=beam)
+    for q, number in enumerate([4, 5, 6, 7]):
+        alone = beam_search(model, queries([number]), [index], masks[q], beam=beam)
+        assert together.row[q][together.valid[q]].tolist() == alone.row[0].tolist()
+
+
+@pytest.mark.parametrize("scoring", ["vocabulary", "children"])
+def test_nothing_allowed_is_an_empty_answer(scoring):
+    codes = np.array([[0, 1, 2], [1, 1, 2]], np.uint16)
+    index, _, _ = build(codes, (3, 2, 3))
+    found = beam_search(
+        TableModel((3, 2, 3)), queries([1, 2]), [index], [ItemMask.of(np.zeros(2, bool))], scoring=scoring
+    )
+    assert found.row.shape == (2, 0) and found.codes.shape == (2, 0, 3) and len(found) == 2
+
+
+def test_the_one_allowed_item_of_many_is_found():
+    rng = np.random.default_rng(0)
+    sizes = (3, 40, 40, 40)
+    codes = np.stack([rng.integers(0, s, 50_000) for s in sizes], 1).astype(np.uint16)
+    index, ordered, _ = build(codes, sizes)
+    allowed = np.zeros(50_000, bool)
+    allowed[31_415] = True
+    for scoring in ("vocabulary", "children"):
+        found = beam_search(
+            TableModel(sizes), queries([1]), [index], [ItemMask.of(allowed)], beam=1, scoring=scoring
+        )
+        assert found.row.tolist() == [[31_415]]
+        assert found.codes[0, 0].tolist() == ordered[31_415].tolist()
+    assert found.log_prob[0, 0] == 0  # one child a level holds the whole probability
+
+
+def test_a_bucket_takes_one_place_in_the_beam():
+    codes = np.array([[0, 0]] * 1000 + [[0, 1], [0, 2]], np.uint16)
+    index, _, _ = build(codes, (3, 3))
+    found = beam_search(TableModel((3, 3)), queries([1]), [index], beam=3, limit=5000)
+    assert found.valid.sum() == 1002
+    few = beam_search(TableModel((3, 3)), queries([1]), [index], beam=3, limit=7)
+    assert few.row.tolist() == [found.row[0, :7].tolist()]
+
+
+def test_an_impossible_token_is_never_spelled():
+    class Refuses(TableModel):
+        def _log_probs(self, seed, prefix):
+            log_probs = super()._log_probs(seed, prefix)
+            log_probs[1] = -np.inf
+            return log_probs
+
+    codes = np.array([[0, 0], [0, 1], [1, 0]], np.uint16)
+    index, _, _ = build(codes, (3, 2))
+    found = beam_search(Refuses((3, 2)), queries([1]), [index], beam=10)
+    assert found.codes[0].tolist() == [[0, 0]]
+
+
+def test_pointers_past_two_to_the_31_are_read():
+    codes = np.array([[0, 1, 2], [0, 2, 1], [2, 0, 0]], np.uint16)
+    index, _, _ = build(codes, (3, 3, 3))
+    wide = type(index)(index.vocab_sizes, index.tokens, tuple(p.astype(np.int64) for p in index.first_child))
+    model = TableModel((3, 3, 3))
+    a = beam_search(model, queries([1]), [index], beam=5)
+    b = beam_search(model, queries([1]), [wide], beam=5)
+    assert a.row.tolist() == b.row.tolist()
+    mixed = beam_search(model, queries([1]), [index, wide], beam=5)
+    assert mixed.valid.sum() == 6
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    index, _, _ = build(np.array([[0, 1]], np.uint16), (3, 2))
+    other, _, _ = build(np.array([[0, 1]], np.uint16), (3, 4))
+    with pytest.raises(StoreError, match="different vocabularies"):
+        Walk([index, other])
+    with pytest.raises(StoreError, match="no segment"):
+        Walk([])
+    with pytest.raises(StoreError, match="belong together"):
+        beam_search(TableModel((3, 4)), queries([1]), [index])
+    with pytest.raises(QueryError, match="mask of 5 items"):
+        beam_search(TableModel((3, 2)), queries([1]), [index], [ItemMask.of(np.ones(5, bool))])
+    with pytest.raises(QueryError, match="masks for"):
+        beam_search(TableModel((3, 2)), queries([1]), [index], [None, None])
+
+
+def test_float32_and_float64_models_agree():
+    rng = np.random.default_rng(3)
+    sizes = (3, 20, 20, 20)
+    codes = np.stack([rng.integers(0, s, 3000) for s in sizes], 1).astype(np.uint16)
+    index, _, _ = build(codes, sizes)
+    a = beam_search(TableModel(sizes, torch.float32), queries([1, 2]), [index], beam=10)
+    b = beam_search(TableModel(sizes, torch.float64), queries([1, 2]), [index], beam=10)
+    assert a.row.tolist() == b.row.tolist()
+    np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)
