@@ -20,7 +20,7 @@ from ace_core.errors import StoreError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-PartKind = Literal["features", "aligner", "quantizer", "generator", "segment", "snapshot", "evaluation"]
+PartKind = Literal["features", "texts", "aligner", "quantizer", "generator", "segment", "snapshot", "evaluation"]
 
 
 class FileEntry(BaseModel):
