@@ -142,8 +142,17 @@ class GeneratorSettings(Section):
 class SearchSettings(Section):
     """How a query is answered."""
 
-    mode: Literal["beam", "one-shot", "verify"] = "beam"
-    beam: int = Field(20, ge=1, le=1000)
+    mode: Literal["beam", "one-shot", "verify"] = Field(
+        "beam", description="spell token by token; all tokens at once; or drafted at once and scored exactly"
+    )
+    beam: int = Field(20, ge=1, le=1000, description="identifiers kept at each level (mode: beam)")
+    draft: int = Field(200, ge=1, le=10_000, description="identifiers kept at each level (mode: one-shot, verify)")
+    scoring: Literal["vocabulary", "children"] = Field(
+        "vocabulary", description="what a token's probability is a share of (mode: beam)"
+    )
+    finish: int = Field(
+        0, ge=0, le=10_000, description="items below the beam from which all are scored in one pass; 0 never (mode: beam)"
+    )
     k: int = Field(20, ge=1, le=1000, description="results returned by default")
     rerank: bool = Field(True, description="combine the generator's score with the similarity of the rebuilt item")
 
@@ -187,7 +196,9 @@ class ComputeSettings(Section):
     address: str | None = Field(None, description="Ray address; none starts an embedded Ray")
     workers: int = Field(1, ge=1, description="training workers")
     encoders: int | None = Field(None, ge=1, description="encoder actors; by default as many as the CPUs allow")
-    threads: int = Field(1, ge=1, description="CPU threads of each training worker and encoder")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each worker and encoder; by default a worker takes what a node has"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of each training worker and encoder")
     max_failures: int = Field(2, ge=0, description="times a fit resumes from its checkpoint after losing a worker")
     seed: int = Field(0, description="seed of every random choice")
