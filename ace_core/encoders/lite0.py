@@ -143,7 +143,7 @@ class Lite0Images:
         parts = [np.empty((0, WIDTH), np.float32)]
         chunk = _CHUNK if self._device.type == "cpu" else len(batch)
         for first in range(0, len(batch), max(1, chunk)):
-            pixels = torch.from_numpy(np.stack(batch[first : first + chunk])).to(self._device)
+            pixels = torch.from_numpy(np.stack(list(batch[first : first + chunk]))).to(self._device)
             # (n, h, w, 3) seen as (n, 3, h, w) is channels-last memory already: no copy.
             parts.append(self._model((pixels.permute(0, 3, 1, 2).float() - 127) / 128).cpu().numpy())
         return np.concatenate(parts)

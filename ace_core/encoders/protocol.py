@@ -99,5 +99,5 @@ def identity_of(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return fingerprint(digest.hexdigest(), *settings)
