@@ -18,7 +18,6 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.query import QueryBatch
 from ace_core.walk import MaskAddresses, Masks, Rows, Walk
 
-Mode = Literal["beam", "one-shot", "verify"]
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
 and snapshots), or the allowed children of its row."""

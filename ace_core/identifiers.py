@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ace_core.errors import StoreError
+from ace_core.errors import QueryError, StoreError
 
 
 def check_identifiers(codes: np.ndarray, vocab_sizes: Sequence[int]) -> None:
@@ -50,3 +50,20 @@ def sort_order(codes: np.ndarray, vocab_sizes: Sequence[int]) -> np.ndarray:
     check_identifiers(codes, vocab_sizes)
     return np.lexsort(codes.T[::-1])
 
+
+def prefix_interval(codes: np.ndarray, prefix: Sequence[int]) -> tuple[int, int]:
+    """Half-open interval of the rows of sorted ``codes`` (items, levels) that begin with ``prefix``.
+
+    Raises:
+        QueryError: the prefix is longer than an identifier.
+    """
+    if len(prefix) > codes.shape[1]:
+        raise QueryError(f"the prefix has {len(prefix)} tokens, identifiers have {codes.shape[1]}")
+    low, high = 0, len(codes)
+    for level, token in enumerate(prefix):
+        column = codes[low:high, level]
+        low, high = (
+            low + int(np.searchsorted(column, token, "left")),
+            low + int(np.searchsorted(column, token, "right")),
+        )
+    return low, high

@@ -1,10 +1,18 @@
-"""The query as the generator and the decoder see it."""
+"""Queries and answers: as a user asks, as the generator and the decoder see it, and what comes back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 import torch
+
+from ace_core.attributes import FilterValue
+from ace_core.items import AttributeValue, Modality
+
+Mode = Literal["beam", "one-shot", "verify"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +44,50 @@ class QueryBatch:
             None if self.hidden is None else self.hidden[rows],
             None if self.mask is None else self.mask[rows],
         )
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """One query, with its own choices; requests of one batch may differ in all of them.
+
+    Attributes:
+        text: what to look for; or
+        vector: (D,) float32 unit vector in the shared space (search by example).
+        k: results wanted. None takes the setting, as do ``mode`` and ``beam``.
+        modalities: search these only; empty for all.
+        filters: attribute filters, see :data:`ace_core.attributes.FilterValue`.
+    """
+
+    text: str | None = None
+    vector: np.ndarray | None = None
+    k: int | None = None
+    modalities: tuple[Modality, ...] = ()
+    filters: Mapping[str, FilterValue] = field(default_factory=dict)
+    mode: Mode | None = None
+    beam: int | None = None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A found item.
+
+    Attributes:
+        score: calibrated probability that this is the item looked for.
+        log_prob: log-probability of its identifier under the generator.
+        similarity: of the query vector and the item's vector rebuilt from its codes (or stored).
+        level_probs: probability of each token given the ones before it, coarse to fine: the beam's path.
+    """
+
+    item_id: str
+    score: float
+    modality: Modality
+    uri: str
+    mime: str
+    captions: tuple[str, ...]
+    attributes: dict[str, AttributeValue]
+    identifier: tuple[int, ...]
+    log_prob: float
+    similarity: float
+    level_probs: tuple[float, ...]
+    start_seconds: float | None = None
+    end_seconds: float | None = None

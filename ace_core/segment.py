@@ -6,7 +6,8 @@ merges. Its folder holds
 - ``identifiers.safetensors``: ``codes`` uint16 (items, levels), sorted lexicographically
 - ``constraint.safetensors``: the constraint index over them
 - ``items.arrow``: what is known of each item, in the same order, memory-mapped
-- ``vectors.safetensors`` (optional): ``vectors`` int8 (items, D) and ``scales`` float32 (items,)
+- ``ranking.safetensors``: ``priors`` float16 (items,), how much each item attracts queries, and (optional)
+  ``vectors`` int8 (items, D), stored item vectors up to their length
 - ``manifest.json``
 """
 
@@ -28,6 +29,7 @@ from ace_core.errors import StoreError
 from ace_core.identifiers import sort_order
 from ace_core.items import AttributeValue, Modality
 from ace_core.manifest import Manifest, hash_folder, read_manifest, verify_files, write_manifest
+from ace_core.scoring import Gallery
 
 ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
@@ -51,10 +53,9 @@ class StoredItem:
     identifier: tuple[int, ...]
 
 
-def quantise_vectors(x: np.ndarray) -> dict[str, np.ndarray]:
-    """8-bit vectors with one scale an item: x is (n, D) float; returns ``vectors`` (n, D) int8 and ``scales`` (n,)."""
-    scales = np.maximum(np.abs(x).max(axis=1), 1e-12).astype(np.float32) / 127
-    return {"vectors": np.rint(x / scales[:, None]).astype(np.int8), "scales": scales}
+def quantise_vectors(x: np.ndarray) -> np.ndarray:
+    """(n, D) float to (n, D) int8, each row scaled to its own largest value; only directions matter in ranking."""
+    return np.rint(x * (127 / np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-12))).astype(np.int8)
 
 
 def write_segment(
@@ -66,6 +67,7 @@ def write_segment(
     items: pa.Table,
     corpus_root: str,
     inputs: dict[str, str],
+    priors: np.ndarray | None = None,
     vectors: np.ndarray | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> Manifest:
@@ -77,7 +79,8 @@ def write_segment(
         vocab_sizes: tokens of each level, the modality's first.
         items: n rows, columns of :data:`ITEM_COLUMNS` and ``attributes`` (JSON text).
         corpus_root: absolute folder (or URI) that relative ``uri`` values belong to.
-        inputs: ids of the features, aligner and quantizer this was made from.
+        inputs: ids of the features, aligner, quantizer and generator this was made from.
+        priors: (n,) float, see :func:`ace_core.ranking.item_prior`; None for none.
         vectors: (n, D) aligned embeddings, to be stored as 8-bit vectors; None stores none.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +88,10 @@ def write_segment(
     codes = np.ascontiguousarray(codes[order], dtype=np.uint16)
     save_arrays(folder / "identifiers.safetensors", {"codes": codes})
     ConstraintIndex.build(codes, vocab_sizes).save(folder / "constraint.safetensors")
+    ranking = {} if priors is None else {"priors": priors[order].astype(np.float16)}
     if vectors is not None:
-        save_arrays(folder / "vectors.safetensors", quantise_vectors(vectors[order]))
+        ranking["vectors"] = quantise_vectors(vectors[order])
+    save_arrays(folder / "ranking.safetensors", ranking)
     rows = items.take(pa.array(order))
     attributes = typed_attributes(rows.column("attributes").to_pylist())
     table = rows.select(ITEM_COLUMNS).append_column("attributes", attributes).combine_chunks()
@@ -114,34 +119,33 @@ class Segment:
             StoreError: it is unfinished, damaged, or its files do not agree with each other.
         """
         self.folder = folder
-        self.manifest = read_manifest(folder, expect="segment")
+        self.manifest: Manifest = read_manifest(folder, expect="segment")
         verify_files(folder, self.manifest, hashes=verify)
-        self.codes: np.ndarray = map_arrays(folder / "identifiers.safetensors")["codes"]
-        self.constraint = ConstraintIndex.load(folder / "constraint.safetensors")
+        ranking = map_arrays(folder / "ranking.safetensors")
+        self.gallery = Gallery(
+            index=ConstraintIndex.load(folder / "constraint.safetensors"),
+            codes=map_arrays(folder / "identifiers.safetensors")["codes"],
+            vectors=ranking.get("vectors"),
+            priors=ranking.get("priors"),
+        )
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / "items.arrow"))).read_all()
         self.corpus_root: str = self.manifest.settings["corpus_root"]
-        if not len(self.codes) == self.items.num_rows == self.constraint.num_items:
+        if not len(self.gallery.codes) == self.items.num_rows == self.gallery.index.items:
             raise StoreError(
-                f"{len(self.codes)} identifiers, {self.items.num_rows} items and a constraint index of "
-                f"{self.constraint.num_items} do not belong together",
+                f"{len(self.gallery.codes)} identifiers, {self.items.num_rows} items and a constraint index of "
+                f"{self.gallery.index.items} do not belong together",
                 where=folder,
                 remedy="Publish again.",
             )
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.gallery.codes)
 
     @cached_property
     def attributes(self) -> pa.StructArray:
         """(items,) struct column of typed attributes."""
         column = self.items.column("attributes").combine_chunks()
         return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-    @cached_property
-    def vectors(self) -> dict[str, np.ndarray] | None:
-        """Stored 8-bit vectors (``vectors`` int8 (items, D), ``scales`` float32 (items,)), or None."""
-        path = self.folder / "vectors.safetensors"
-        return map_arrays(path) if path.is_file() else None
 
     def row_of(self, item_id: str) -> int | None:
         """Row of an item, or None: one vectorised scan (no dictionary of ten million strings in every replica)."""
@@ -162,5 +166,5 @@ class Segment:
             content_hash=fields["content_hash"],
             start_seconds=fields["start_seconds"],
             end_seconds=fields["end_seconds"],
-            identifier=tuple(int(token) for token in self.codes[row]),
+            identifier=tuple(int(token) for token in self.gallery.codes[row]),
         )

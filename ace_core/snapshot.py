@@ -134,7 +134,7 @@ class Snapshot:
         for kind in MODEL_KINDS:
             part = manifest.models[kind]
             _check_ref(store / kind / part.id, part, manifest.id)
-            model = read_manifest(store / kind / part.id, expect=kind)
+            model: Manifest = read_manifest(store / kind / part.id, expect=kind)
             verify_files(store / kind / part.id, model, hashes=verify)
             _check_inputs(model, manifest)
         segments = []

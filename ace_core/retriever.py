@@ -1,0 +1,332 @@
+"""The whole read path in one process: a text, a vector or a file in; ranked items out. No Ray needed.
+
+from ace_core.retriever import Retriever
+retriever = Retriever.open("demo/store")
+for hit in retriever.search(["a red fruit"], k=5)[0]:
+    print(hit.score, hit.item_id, hit.captions)
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ace_core.aligner import Aligner
+from ace_core.attributes import Facet, FilterValue, facets, matching
+from ace_core.config import LimitSettings, SearchSettings
+from ace_core.decoding import Candidates, search_candidates
+from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, load_text_encoder
+from ace_core.errors import QueryError, StoreError
+from ace_core.filters import ItemMask
+from ace_core.generator.model import Generator
+from ace_core.identifiers import prefix_interval
+from ace_core.items import MODALITIES, Modality
+from ace_core.quantize.quantizer import Quantizer
+from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
+from ace_core.ranking import Ranker
+from ace_core.scoring import item_vectors, similarity_and_prior
+from ace_core.segment import StoredItem
+from ace_core.snapshot import Snapshot
+from ace_core.walk import Walk
+
+RANKING_NAME = "ranking.json"
+_MASK_CACHE = 64
+
+GENERATOR_ONLY = Ranker(generator=1.0, similarity=0.0, prior=0.0)
+"""`search.rerank: false`: the generator's own order."""
+
+
+class Retriever:
+    """A snapshot with its models, ready to answer. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        *,
+        text_encoder: TextEncoder,
+        aligner: Aligner,
+        quantizer: Quantizer,
+        generator: Generator,
+        ranker: Ranker,
+        settings: SearchSettings,
+        device: str,
+    ) -> None:
+        self.snapshot = snapshot
+        self.settings = settings
+        self.device = device
+        self._text_encoder = text_encoder
+        self._aligner = aligner.to(device).eval()
+        self._quantizer = quantizer
+        self._generator = generator.to(device).eval()
+        self._ranker = ranker
+        self._media_encoders: dict[Modality, MediaEncoder] = {}
+        self._galleries = [segment.gallery for segment in snapshot.segments]
+        self._walk = Walk([gallery.index for gallery in self._galleries])
+        self._masks: OrderedDict[str, list[ItemMask | None]] = OrderedDict()
+
+    @classmethod
+    def open(
+        cls,
+        store: str | Path,
+        snapshot_id: str | None = None,
+        *,
+        settings: SearchSettings | None = None,
+        device: str = "cpu",
+        verify: bool = True,
+        text_encoder: TextEncoder | None = None,
+    ) -> Retriever:
+        """Open a local store's snapshot (by default the current one) with its models.
+
+        Args:
+            verify: check every file's SHA-256 before use.
+            text_encoder: a loaded encoder to reuse when a snapshot replaces another.
+
+        Raises:
+            StoreError: nothing is published, a part is damaged, or parts do not belong together.
+            ModelError: the text encoder cannot be had here.
+        """
+        snapshot = Snapshot.open(Path(store), snapshot_id, verify=verify)
+        wanted = snapshot.manifest.encoder_identities["text"]
+        if text_encoder is None or text_encoder.identity != wanted:
+            text_encoder = load_text_encoder(snapshot.manifest.encoders.text, device)
+        _same_encoder("text", text_encoder.identity, wanted, snapshot)
+        generator_folder = snapshot.model_folder("generator")
+        return cls(
+            snapshot,
+            text_encoder=text_encoder,
+            aligner=Aligner.load(snapshot.model_folder("aligner")),
+            quantizer=Quantizer.load(snapshot.model_folder("quantizer")),
+            generator=Generator.load(generator_folder),
+            ranker=Ranker.load(generator_folder / RANKING_NAME),
+            settings=settings or SearchSettings(),
+            device=device,
+        )
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return self._text_encoder
+
+    @property
+    def threshold(self) -> float:
+        """Scores below this are no confident match."""
+        return self._ranker.threshold
+
+    def search(
+        self,
+        texts: Sequence[str],
+        *,
+        k: int | None = None,
+        modality: Modality | str | Sequence[Modality | str] | None = None,
+        filters: Mapping[str, FilterValue] | None = None,
+        mode: Mode | None = None,
+        beam: int | None = None,
+    ) -> list[list[Hit]]:
+        """The k best items for each text, best first; fewer when fewer pass the filters.
+
+        Raises:
+            QueryError: a text is empty, or a filter or modality makes no sense.
+        """
+        modalities = _modalities(modality)
+        return self.search_batch(
+            [
+                SearchRequest(text=t, k=k, modalities=modalities, filters=filters or {}, mode=mode, beam=beam)
+                for t in texts
+            ]
+        )
+
+    def search_batch(self, requests: Sequence[SearchRequest]) -> list[list[Hit]]:
+        """Answer requests together: texts are encoded in one pass, and requests with the same mode and beam are decoded
+        in one, each under its own filters. Every answer is the same as if its request had come alone."""
+        answers: list[list[Hit]] = [[] for _ in requests]
+        groups: dict[tuple[Mode, int], list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            beam = max(request.beam or self.settings.beam, request.k or self.settings.k)
+            groups[request.mode or self.settings.mode, beam].append(number)
+        queries = self._queries(requests) if requests else None
+        for (mode, beam), numbers in groups.items():
+            assert queries is not None
+            batch = queries[torch.tensor(numbers)]
+            candidates = search_candidates(
+                self._generator,
+                batch,
+                self._walk,
+                [self._item_masks(requests[number]) for number in numbers],
+                settings=self.settings.model_copy(update={"mode": mode}),
+                beam=beam,
+            )
+            kept = [requests[number].k or self.settings.k for number in numbers]
+            for number, hits in zip(numbers, self._rank(batch, candidates, kept)):
+                answers[number] = hits
+        return answers
+
+    def encode_texts(self, texts: Sequence[str]) -> QueryBatch:
+        """Texts as the generator reads them.
+
+        Raises:
+            QueryError: a text is empty.
+        """
+        for text in texts:
+            if not text.strip():
+                raise QueryError("the query is empty", remedy="Describe what to look for.")
+        features = self._text_encoder.encode(list(texts))
+        with torch.inference_mode():
+            vector = self._aligner.text(features.pooled.to(self.device))
+        return QueryBatch(vector, features.hidden, features.mask).to(self.device)
+
+    def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
+        """A file's bytes as a (D,) float32 unit vector, to search by example with.
+
+        Raises:
+            MediaError: it cannot be decoded.
+            ModelError: the modality's encoder cannot be had here.
+        """
+        encoder = self._media_encoder(modality)
+        raw = encoder.encode([encoder.decode(data)])
+        with torch.inference_mode():
+            return self._aligner.item(modality, torch.from_numpy(raw).to(self.device))[0].cpu().numpy()
+
+    def item_vector(self, item_id: str) -> np.ndarray | None:
+        """An indexed item as a (D,) float32 unit vector, to find more like it; None if there is no such item."""
+        found = self.snapshot.find(item_id)
+        if found is None:
+            return None
+        gallery, row = self._galleries[found[0]], found[1]
+        stored = None if gallery.vectors is None else gallery.vectors[row : row + 1]
+        return item_vectors(self._quantizer, gallery.codes[row : row + 1], stored)[0]
+
+    def item(self, item_id: str) -> StoredItem | None:
+        """What the snapshot holds of an item, or None."""
+        found = self.snapshot.find(item_id)
+        return None if found is None else self.snapshot.segments[found[0]].item(found[1])
+
+    def cluster(self, prefix: Sequence[int], limit: int = 100) -> tuple[list[StoredItem], int]:
+        """Live items whose identifier begins with ``prefix``: at most ``limit`` of them, and how many there are."""
+        items: list[StoredItem] = []
+        total = 0
+        for segment, removed in zip(self.snapshot.segments, self.snapshot.removed):
+            low, high = prefix_interval(segment.gallery.codes, prefix)
+            rows = np.setdiff1d(np.arange(low, high), removed, assume_unique=True)
+            total += len(rows)
+            items += [segment.item(int(row)) for row in rows[: limit - len(items)]]
+        return items, total
+
+    def facets(self) -> list[Facet]:
+        """The attributes that items can be filtered by."""
+        return facets([segment.attributes for segment in self.snapshot.segments])
+
+    def _media_encoder(self, modality: Modality) -> MediaEncoder:
+        if modality not in self._media_encoders:
+            wanted = self.snapshot.manifest.encoder_identities.get(modality)
+            if wanted is None:
+                raise QueryError(
+                    f"the snapshot has no {modality} items, so it names no {modality} encoder",
+                    remedy="Search by a file of a modality that the corpus holds.",
+                )
+            settings = self.snapshot.manifest.encoders.media(modality)
+            encoder = load_media_encoder(modality, settings, LimitSettings(), self.device)
+            _same_encoder(modality, encoder.identity, wanted, self.snapshot)
+            self._media_encoders[modality] = encoder
+        return self._media_encoders[modality]
+
+    def _queries(self, requests: Sequence[SearchRequest]) -> QueryBatch:
+        """Texts are encoded, vectors enter as virtual queries: both in one batch, in the order of the requests."""
+        texts = [r.text for r in requests if r.vector is None]
+        if any(text is None for text in texts):
+            raise QueryError("the request has neither text nor vector")
+        if not texts:
+            vectors = np.stack([np.asarray(r.vector, np.float32) for r in requests])
+            return QueryBatch(torch.from_numpy(vectors).to(self.device))
+        encoded = self.encode_texts([text for text in texts if text is not None])
+        if len(texts) == len(requests):
+            return encoded
+        assert encoded.hidden is not None and encoded.mask is not None
+        is_text = torch.tensor([r.vector is None for r in requests], device=encoded.vector.device)
+        whole = []
+        for rows in (encoded.vector, encoded.hidden, encoded.mask):
+            out = rows.new_zeros((len(requests), *rows.shape[1:]))
+            out[is_text] = rows
+            whole.append(out)
+        given = np.stack([np.asarray(r.vector, np.float32) for r in requests if r.vector is not None])
+        whole[0][~is_text] = torch.from_numpy(given).to(encoded.vector)
+        # A query whose mask is all False has no token to look at: a virtual query, like one with hidden=None.
+        return QueryBatch(*whole)
+
+    def _item_masks(self, request: SearchRequest) -> list[ItemMask | None]:
+        """One mask a segment: live items of the wanted modalities that pass the filters; None where all do."""
+        key = json.dumps([sorted(request.modalities), dict(request.filters)], sort_keys=True, default=str)
+        if key in self._masks:
+            self._masks.move_to_end(key)
+            return self._masks[key]
+        masks: list[ItemMask | None] = []
+        for segment, removed in zip(self.snapshot.segments, self.snapshot.removed):
+            allowed = np.ones(len(segment), bool)
+            allowed[removed] = False
+            if request.modalities:
+                allowed &= np.isin(segment.gallery.codes[:, 0], [m.token for m in request.modalities])
+            if request.filters:
+                allowed &= matching(segment.attributes, request.filters)
+            masks.append(None if allowed.all() else ItemMask.of(allowed))
+        self._masks[key] = masks
+        if len(self._masks) > _MASK_CACHE:
+            self._masks.popitem(last=False)
+        return masks
+
+    def _rank(self, batch: QueryBatch, candidates: Candidates, kept: Sequence[int]) -> list[list[Hit]]:
+        """The best ``kept`` candidates of each query as hits, by the ranker's score."""
+        if not candidates.valid.any():
+            return [[] for _ in kept]
+        with torch.inference_mode():
+            queries = self._generator.refine(batch).float().cpu().numpy()
+        similarity, prior = similarity_and_prior(queries, candidates, self._galleries, self._quantizer)
+        ranker = self._ranker if self.settings.rerank else GENERATOR_ONLY
+        score = ranker.score(candidates.log_prob, similarity, prior, candidates.valid)
+        probability = ranker.probability(score, similarity, prior)
+        order = np.argsort(-score, axis=1, kind="stable")
+        answers = []
+        for number, limit in enumerate(kept):
+            best = [c for c in order[number, :limit] if candidates.valid[number, c]]
+            answers.append([self._hit(candidates, number, c, probability, similarity) for c in best])
+        return answers
+
+    def _hit(
+        self, candidates: Candidates, query: int, column: int, probability: np.ndarray, similarity: np.ndarray
+    ) -> Hit:
+        at = query, column
+        item = self.snapshot.segments[candidates.segment[at]].item(int(candidates.row[at]))
+        return Hit(
+            item_id=item.item_id,
+            score=float(probability[at]),
+            modality=item.modality,
+            uri=item.uri,
+            mime=item.mime,
+            captions=item.captions,
+            attributes=item.attributes,
+            identifier=item.identifier,
+            log_prob=float(candidates.log_prob[at]),
+            similarity=float(similarity[at]),
+            level_probs=tuple(float(p) for p in np.exp(candidates.level_log_prob[at])),
+            start_seconds=item.start_seconds,
+            end_seconds=item.end_seconds,
+        )
+
+
+def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tuple[Modality, ...]:
+    names = [] if given is None else [given] if isinstance(given, str) else list(given)
+    try:
+        return tuple(Modality(name) for name in names)
+    except ValueError:
+        raise QueryError(f"unknown modality in {names}", remedy=f"Choose from {', '.join(MODALITIES)}.") from None
+
+
+def _same_encoder(what: str, found: str, wanted: str, snapshot: Snapshot) -> None:
+    if found != wanted:
+        raise StoreError(
+            f"snapshot {snapshot.id} was made with {what} encoder {wanted}, the one here is {found}",
+            where=f"encoders.{what}",
+            remedy="Install the model it was made with, or ingest and fit again.",
+        )
