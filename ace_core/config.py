@@ -89,13 +89,16 @@ class SplitSettings(Section):
 class AlignerSettings(Section):
     """Projection heads into the space that text and media share; also the dual-tower baseline."""
 
-    dim: int = Field(256, ge=8, description="dimensions of the shared space")
+    dim: int = Field(256, ge=8, description="dimensions of the shared space; the last one holds an item's popularity")
     hidden: int = Field(512, ge=0, description="width of a head's hidden layer; 0 for linear heads")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(512, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.2, ge=0)
+    caption_memory: float = Field(0.4, ge=0, lt=1, description="weight of an item's own captions in its vector")
+    popularity: float = Field(0.75, ge=0, description="weight of the correction for items that attract every query")
+    bank: int = Field(4096, ge=1, description="training captions that an item's popularity is measured on")
 
 
 class QuantizerSettings(Section):

@@ -41,6 +41,7 @@ STORE_NAME = "STORE.json"
 _FOLDERS: dict[str, str] = {"segment": "segments", "snapshot": "snapshots"}
 _STAGES: dict[str, str] = {
     "features": "ace ingest",
+    "texts": "ace fit aligner",
     "aligner": "ace fit aligner",
     "quantizer": "ace fit quantizer",
     "generator": "ace fit generator",

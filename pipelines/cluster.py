@@ -5,10 +5,15 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from typing import NoReturn
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ace_core.config import ComputeSettings
 from ace_core.errors import AceError, MediaError, SettingsError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # On an embedded Ray, two logical CPUs more than the machine has: Ray's own coordinating tasks (reads, controllers)
 # ask for CPUs that they hardly use, and a pipeline whose actors hold all of them never ends.
@@ -26,6 +31,8 @@ def ensure_ray(compute: ComputeSettings) -> None:
     if compute.address is None:
         # An embedded Ray listens on this machine only; a token file left by another cluster must not lock it out.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's C++ side writes to this terminal whatever the logging level below; failures reach us as exceptions.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if not ray.is_initialized():
@@ -59,48 +66,95 @@ def _quiet_data() -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
-def encoder_count(compute: ComputeSettings) -> int:
-    """How many encoder actors to run, checked against what the cluster has.
+@dataclass(frozen=True)
+class Pool:
+    """Workers that are alike: how many, and the CPU threads and GPUs of each."""
+
+    count: int
+    threads: int
+    gpus: float
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+
+def encoder_pool(compute: ComputeSettings, most: int) -> Pool:
+    """Encoder actors, at most ``most``: as many as are asked for, or as the cluster has room for.
 
     Raises:
-        SettingsError: the cluster has not the CPUs or GPUs for them.
+        SettingsError: the cluster can never start them.
     """
     import ray
 
     have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    fit = int(max(cpus - SPARE_CPUS, 1) // compute.threads)
-    if compute.gpus_per_worker:
-        fit = min(fit, int(gpus // compute.gpus_per_worker))
-    count = compute.encoders or max(1, fit)
+    threads = compute.threads or 1
+    count = compute.encoders
+    if count is None:
+        count = int(max(have.get("CPU", 0) - SPARE_CPUS, 1) // threads)
+        if compute.gpus_per_worker:
+            count = min(count, int(have.get("GPU", 0) / compute.gpus_per_worker))
+    pool = Pool(min(max(1, count), most), threads, compute.gpus_per_worker)
     # One CPU stays free: a pipeline whose actors hold all CPUs hangs, so refuse it here.
-    check_budget("encoders", count, compute, spare=1)
-    return count
+    _check_budget("encoders", pool, spare=1)
+    return pool
 
 
-def check_budget(what: str, count: int, compute: ComputeSettings, *, spare: int = 0) -> None:
-    """Refuse a job that the cluster can never start.
+def worker_pool(compute: ComputeSettings) -> Pool:
+    """Training workers; by default each takes the threads that a node has for it.
 
     Raises:
-        SettingsError: says what is asked for and what there is.
+        SettingsError: the cluster can never start them.
     """
+    import ray
+
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    share = int((min(nodes, default=1) - SPARE_CPUS) // -(-compute.workers // max(1, len(nodes))))
+    pool = Pool(compute.workers, compute.threads or max(1, share), compute.gpus_per_worker)
+    _check_budget("workers", pool, spare=0)
+    return pool
+
+
+def _check_budget(what: str, pool: Pool, *, spare: int) -> None:
     import ray
 
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    asked_cpus, asked_gpus = count * compute.threads, count * compute.gpus_per_worker
-    if asked_cpus + spare > cpus:
+    if pool.count * pool.threads + spare > cpus:
         free = f" and {spare} must stay free" if spare else ""
+        asked = pool.count * pool.threads
         raise SettingsError(
-            f"{count} {what} x {compute.threads} threads need {asked_cpus} CPUs{free}; Ray has {cpus:g}",
+            f"{pool.count} {what} x {pool.threads} threads need {asked} CPUs{free}; Ray has {cpus:g}",
             where=f"compute.{what}, compute.threads",
             remedy="Ask for fewer, or give Ray more CPUs.",
         )
-    if asked_gpus > gpus:
+    if pool.count * pool.gpus > gpus:
         raise SettingsError(
-            f"{count} {what} x {compute.gpus_per_worker:g} GPUs need {asked_gpus:g} GPUs; Ray has {gpus:g}",
+            f"{pool.count} {what} x {pool.gpus:g} GPUs need {pool.count * pool.gpus:g} GPUs; Ray has {gpus:g}",
             where=f"compute.{what}, compute.gpus_per_worker",
             remedy="Ask for fewer, or set compute.gpus_per_worker to 0 to run on CPUs.",
+        )
+
+
+def actor_map(
+    dataset: Dataset, transform: type, pool: Pool, batch_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Dataset:
+    """Map a class over batches on a pool of actors that each hold one instance of it."""
+    from ray.data import ActorPoolStrategy
+
+    with warnings.catch_warnings():
+        # A worker that dies on its input would be retried for ever; Ray has no other name for these two limits yet.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        return dataset.map_batches(
+            transform,
+            fn_constructor_args=args,
+            fn_constructor_kwargs=kwargs,
+            batch_size=batch_size,
+            compute=ActorPoolStrategy(size=pool.count),
+            num_cpus=pool.threads,
+            num_gpus=pool.gpus or None,
+            max_restarts=2,
+            max_task_retries=1,
         )
 
 

@@ -22,7 +22,7 @@ from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.cluster import encoder_count, ensure_ray, reraise
+from pipelines.cluster import actor_map, encoder_pool, ensure_ray, reraise
 from pipelines.encode import EncodeItems, KnownEmbeddings
 from pipelines.progress import Reporter, duration
 from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_ids, item_rows, not_in
@@ -102,29 +102,20 @@ def _encoded(
     """Encode listed files on Ray; yields rows of ``missing`` with the results of :class:`EncodeItems` for them."""
     ensure_ray(settings.compute)
     import ray
-    from ray.data import ActorPoolStrategy
 
     encoder = settings.encoders.media(modality)
-    actors = min(encoder_count(settings.compute), -(-missing.num_rows // encoder.batch_size))
+    pool = encoder_pool(settings.compute, most=-(-missing.num_rows // encoder.batch_size))
     work = missing.select(["uri", "bytes"]).append_column("row", pa.array(np.arange(missing.num_rows)))
     # Small blocks: the pool stays busy to the end, and progress and shards come steadily.
-    batches = max(1, min(BLOCK_BATCHES, missing.num_rows // (encoder.batch_size * actors * 4)))
+    batches = max(1, min(BLOCK_BATCHES, missing.num_rows // (encoder.batch_size * pool.count * 4)))
     block = encoder.batch_size * batches
-    dataset = ray.data.from_arrow([work.slice(i, block) for i in range(0, work.num_rows, block)]).map_batches(
+    dataset = actor_map(
+        ray.data.from_arrow([work.slice(i, block) for i in range(0, work.num_rows, block)]),
         EncodeItems,
-        fn_constructor_args=(modality, encoder, settings.limits, corpus),
-        fn_constructor_kwargs={
-            "threads": settings.compute.threads,
-            "device": "cuda" if settings.compute.gpus_per_worker else "cpu",
-            "known": known,
-        },
-        batch_size=encoder.batch_size,
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=settings.compute.threads,
-        num_gpus=settings.compute.gpus_per_worker or None,
-        # A worker that dies on a file would otherwise be retried for ever.
-        max_restarts=2,
-        max_task_retries=1,
+        pool,
+        encoder.batch_size,
+        (modality, encoder, settings.limits, corpus),
+        {"threads": pool.threads, "device": pool.device, "known": known},
     )
     try:
         for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):

@@ -31,7 +31,7 @@ class Step:
     def update(self, done: int, note: str | None = None, *, total: int | None = None) -> None:
         """Set how far the step is. The pace is counted from the first update, so that start-up does not blur it."""
         with self.lock:
-            if self._first_time is None:
+            if self._first_time is None or total not in (None, self.total):  # another phase has another pace
                 self._first_time, self._first_done = time.monotonic(), done
             self.done = done
             self.total = self.total if total is None else total

@@ -1,0 +1,60 @@
+"""``ace fit aligner``: the heads that bring captions and media into one space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ace_core.config import Settings
+from ace_core.manifest import Manifest, fingerprint
+from ace_store import Store
+from pipelines.corpus import captions_part, load_captions, load_corpus
+from pipelines.progress import Reporter
+from pipelines.train import FitContext, run_fit
+
+
+def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
+    """Fit the aligner on the latest features; nothing is done when the store has it.
+
+    Raises:
+        CorpusError: there are no captions to learn from.
+    """
+    features = store.latest("features")
+    corpus = load_corpus(store, features.id, settings)
+    texts = captions_part(corpus, settings, store, reporter)
+    inputs = {"features": features.id, "texts": texts.id}
+    chosen = {
+        "aligner": settings.aligner.model_dump(),
+        "split": settings.split.model_dump(),
+        "seed": settings.compute.seed,
+    }
+    part_id = fingerprint("aligner", inputs, chosen)
+    manifest = store.find("aligner", part_id)
+    if manifest is None:
+        with run_fit("aligner", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
+            manifest = store.upload_part(
+                folder, Manifest(kind="aligner", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
+            )
+        reporter.say(f"aligner {part_id}: trained on {metrics['captions']:,} captions, loss {metrics['loss']:.3f}")
+    else:
+        reporter.say(f"aligner {part_id}: nothing changed, nothing to do")
+    store.set_latest("aligner", part_id)
+    return manifest
+
+
+def _fit(context: FitContext) -> dict[str, Any]:
+    from ace_core.aligner import CaptionPairs, fit_aligner
+
+    corpus = load_corpus(context.store, context.inputs["features"], context.settings)
+    captions = load_captions(context.store, context.inputs["texts"])
+    pairs = corpus.split.train_pairs
+    aligner, metrics = fit_aligner(
+        corpus.features.embeddings,
+        CaptionPairs(captions.pooled[captions.rows(pairs.texts)], pairs.rows),
+        context.settings.aligner,
+        collective=context.collective,
+        hooks=context.hooks,
+        seed=context.settings.compute.seed,
+        device=context.device,
+    )
+    aligner.save(context.folder)
+    return {"captions": len(pairs), **metrics}

@@ -1,0 +1,106 @@
+"""``ace fit generator``: the model that spells identifiers, and the ranking of what it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ace_core.config import Settings
+from ace_core.errors import StoreError
+from ace_core.manifest import Manifest, fingerprint
+from ace_store import Store
+from pipelines.corpus import load_captions, load_corpus
+from pipelines.progress import Reporter
+from pipelines.train import FitContext, run_fit
+
+
+def fit_generator_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
+    """Train the generator on the latest quantizer's identifiers; nothing is done when the store has it."""
+    quantizer = store.latest("quantizer")
+    if quantizer.inputs.get("aligner") != store.latest("aligner").id:
+        raise StoreError(
+            f"the quantizer {quantizer.id} was fitted with another aligner than the latest",
+            where=store.uri,
+            remedy="Run `ace fit quantizer` first, or `ace fit all`.",
+        )
+    inputs = {**quantizer.inputs, "quantizer": quantizer.id}
+    chosen = {
+        "generator": settings.generator.model_dump(),
+        "split": settings.split.model_dump(),
+        "vectors": settings.publish.vectors,  # the ranking is learned with the similarities that will be served
+        "seed": settings.compute.seed,
+    }
+    part_id = fingerprint("generator", inputs, chosen)
+    manifest = store.find("generator", part_id)
+    if manifest is None:
+        with run_fit("generator", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
+            manifest = store.upload_part(
+                folder, Manifest(kind="generator", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
+            )
+        text = f"generator {part_id}: loss {metrics['loss']:.3f} after {metrics['steps']:,} steps"
+        if "validation_recall_10" in metrics:
+            text += f", recall@10 {100 * metrics['validation_recall_10']:.1f} % on validation queries"
+        reporter.say(text)
+    else:
+        reporter.say(f"generator {part_id}: nothing changed, nothing to do")
+    store.set_latest("generator", part_id)
+    return manifest
+
+
+def _fit(context: FitContext) -> dict[str, Any]:
+    from ace_core.aligner import Aligner
+    from ace_core.generator.data import TrainingData
+    from ace_core.generator.model import Generator
+    from ace_core.generator.training import fit_generator
+    from ace_core.quantize.quantizer import Quantizer
+    from pipelines.ranking import learn_ranking
+
+    settings, store = context.settings, context.store
+    corpus = load_corpus(store, context.inputs["features"], settings)
+    captions = load_captions(store, context.inputs["texts"])
+    aligner = Aligner.load(store.local_copy("aligner", context.inputs["aligner"]))
+    quantizer = Quantizer.load(store.local_copy("quantizer", context.inputs["quantizer"]))
+    vectors = aligner.item_vectors(corpus.features.embeddings)
+    codes = quantizer.assign(vectors, corpus.features.modality_tokens)
+
+    split = corpus.split
+    trained = split.trained
+    row_of = np.cumsum(trained) - 1  # of a trained item among the trained ones
+    chosen = captions.rows(split.train_pairs.texts)
+    data = TrainingData(
+        vectors=vectors[trained],
+        codes=codes[trained],
+        query_vectors=aligner.text_vectors(captions.pooled[chosen]),
+        hidden=captions.hidden[chosen],
+        mask=captions.mask[chosen],
+        rows=row_of[split.train_pairs.rows],
+        teacher_scale=aligner.scale,
+    )
+    layers, width = captions.hidden.shape[1], captions.hidden.shape[3]
+    generator, report = fit_generator(
+        Generator(settings.generator, quantizer, width, layers),
+        data,
+        settings.generator,
+        collective=context.collective,
+        hooks=context.hooks,
+        seed=settings.compute.seed,
+        device=context.device,
+    )
+    metrics: dict[str, Any] = {"loss": report.final, "steps": len(report.losses), "captions": len(chosen)}
+    if context.collective.rank == 0:  # the others are done: nothing below is shared work
+        generator.save(context.folder)
+        metrics |= learn_ranking(
+            context.folder,
+            generator=generator,
+            quantizer=quantizer,
+            aligner=aligner,
+            captions=captions,
+            queries=split.val_queries,
+            vectors=vectors,
+            codes=codes,
+            settings=settings.search,
+            stored=settings.publish.vectors == "int8",
+            seed=settings.compute.seed,
+        )
+    return metrics

@@ -1,0 +1,77 @@
+"""``ace fit quantizer``: K-Means for the coarse token, the RQ-VAE for the fine ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ace_core.config import Settings
+from ace_core.manifest import Manifest, fingerprint
+from ace_store import Store
+from pipelines.corpus import load_captions, load_corpus
+from pipelines.progress import Reporter
+from pipelines.train import FitContext, run_fit
+
+
+def fit_quantizer_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
+    """Fit the quantizer on the items that may be trained on; nothing is done when the store has it.
+
+    Raises:
+        QualityError: the codebooks collapsed, or too many items share an identifier.
+    """
+    aligner = store.latest("aligner")
+    inputs = {**aligner.inputs, "aligner": aligner.id}
+    chosen = {
+        "quantizer": settings.quantizer.model_dump(),
+        "split": settings.split.model_dump(),
+        "seed": settings.compute.seed,
+    }
+    part_id = fingerprint("quantizer", inputs, chosen)
+    manifest = store.find("quantizer", part_id)
+    if manifest is None:
+        with run_fit("quantizer", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
+            manifest = store.upload_part(
+                folder, Manifest(kind="quantizer", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
+            )
+        health = metrics["health"]
+        reporter.say(
+            f"quantizer {part_id}: identifiers of {len(health['perplexity']) + 1} tokens, cosine of rebuilt items "
+            f"{health['cosine']:.3f}, {100 * health['collision_rate']:.1f} % of items share an identifier"
+        )
+    else:
+        reporter.say(f"quantizer {part_id}: nothing changed, nothing to do")
+    store.set_latest("quantizer", part_id)
+    return manifest
+
+
+def _fit(context: FitContext) -> dict[str, Any]:
+    from ace_core.aligner import Aligner
+    from ace_core.quantize.fit import fit_quantizer
+    from ace_core.quantize.health import check_health
+
+    corpus = load_corpus(context.store, context.inputs["features"], context.settings)
+    captions = load_captions(context.store, context.inputs["texts"])
+    aligner = Aligner.load(context.store.local_copy("aligner", context.inputs["aligner"]))
+    trained = corpus.split.trained
+    vectors = aligner.item_vectors(corpus.features.embeddings)
+    tokens = corpus.features.modality_tokens
+    group = context.collective
+    mine = np.arange(group.rank, int(trained.sum()), group.world_size)
+    train_texts = captions.rows(corpus.split.train_pairs.texts)
+    quantizer, metrics = fit_quantizer(
+        vectors[trained][mine],
+        tokens[trained][mine],
+        context.settings.quantizer,
+        index=mine,
+        queries=aligner.text_vectors(captions.pooled[train_texts]),
+        collective=group,
+        hooks=context.hooks,
+        seed=context.settings.compute.seed,
+        device=context.device,
+    )
+    # Held-out items count too: identifiers are for the whole corpus, and these are what a collapse shows on first.
+    health = quantizer.health(quantizer.assign(vectors, tokens), vectors)
+    check_health(health, context.settings.quantizer)
+    quantizer.save(context.folder)
+    return {"items": int(trained.sum()), "health": health.as_dict(), **metrics}
