@@ -1,15 +1,28 @@
-"""The aligner: one projection head for text and one for each modality, into a space that they share.
+"""The aligner: heads that take text and every modality into one space, where similarity is fair to every item.
 
-It is trained with InfoNCE (van den Oord et al. 2018, as in CLIP: Radford et al. 2021) on captions, over frozen
-features, and is at the same time the dual tower that evaluations compare with. Two things differ from the textbook
-loss, because real corpora repeat themselves: pairs of a batch that share a text or an item are positives of each
-other, and never each other's negatives.
+*Heads.* One projection head for text and one for each modality, trained with InfoNCE (van den Oord et al. 2018, as in
+CLIP: Radford et al. 2021) on captions over frozen features. Real corpora repeat themselves: pairs of a batch that
+share a text or an item are positives of each other, never each other's negatives. Heads alone, with exact search,
+are the dual tower that evaluations compare with (:meth:`Aligner.tower_text`, :meth:`Aligner.tower_items`).
+
+*Caption memory.* What an item's captions say is content of the index: the vector of a captioned item leans towards
+its captions' mean.
+
+*Popularity.* Some items attract every query (hubs), and captioned items attract more than those that nobody
+captioned; left alone, the unseen part of a corpus is never found. An item's popularity is the mean similarity of the
+nearest 1/64 of a bank of queries (CSLS, Conneau et al. 2018; QB-Norm, Bogolin et al. 2022), plus an offset for
+captioned items that validation queries set. It is kept as one more coordinate:
+
+    item = [x ; -popularity]      query = [q ; 1]      query · item = q · x - popularity
+
+so identifiers, heads, beams, 8-bit vectors and plain inner products all carry the correction.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +37,12 @@ from ace_core.config import AlignerSettings
 from ace_core.errors import CorpusError, StoreError
 from ace_core.fitting import FitHooks, Progress, generator_for, warmup_cosine
 from ace_core.items import MODALITIES, Modality
+from ace_core.space import unit_query
 
 _MAX_SCALE = 100.0
+_BANK_SHARE = 64  # an item's popularity is its similarity to the nearest 1/64 of the bank
+_SMALLEST_BANK = 256
+_VALIDATION_QUERIES = 2000
 
 
 class _Head(nn.Module):
@@ -60,27 +77,33 @@ class Aligner(nn.Module):
         self.settings = settings
         self.text_width = text_width
         self.item_widths = {Modality(m): int(w) for m, w in item_widths.items()}
-        self._text = _Head(text_width, settings.dim, settings.hidden, settings.dropout)
-        self._items = nn.ModuleDict(
-            {m.value: _Head(w, settings.dim, settings.hidden, settings.dropout) for m, w in self.item_widths.items()}
-        )
+        shape = (settings.dim - 1, settings.hidden, settings.dropout)
+        self._text = _Head(text_width, *shape)
+        self._items = nn.ModuleDict({m.value: _Head(w, *shape) for m, w in self.item_widths.items()})
         self.log_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
+        self.bank: torch.Tensor
+        self.offset: torch.Tensor
+        self.centre: torch.Tensor
+        self.register_buffer("bank", torch.zeros(0, settings.dim - 1, dtype=torch.float16))
+        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(()))
 
     @property
     def dim(self) -> int:
+        """D: width of query and item vectors, the popularity coordinate included."""
         return self.settings.dim
 
     @property
     def scale(self) -> float:
-        """The learned inverse temperature: logits are ``scale * cosine``."""
+        """The learned inverse temperature: logits are ``scale * similarity``."""
         return float(self.log_scale.detach().exp().clamp(max=_MAX_SCALE))
 
-    def text(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled text features (n, E_p) -> query vectors (n, D) float32, L2-normalised."""
+    def tower_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The text head alone: pooled text features (n, E_p) -> (n, D - 1) float32, L2-normalised."""
         return F.normalize(self._text(F.normalize(pooled.float(), dim=-1)), dim=-1)
 
-    def item(self, modality: Modality, raw: torch.Tensor) -> torch.Tensor:
-        """Raw features of one modality (n, d_m) -> item vectors (n, D) float32, L2-normalised.
+    def tower_item(self, modality: Modality, raw: torch.Tensor) -> torch.Tensor:
+        """A modality's head alone: raw features (n, d_m) -> (n, D - 1) float32, L2-normalised.
 
         Raises:
             StoreError: the aligner has no head for this modality.
@@ -93,31 +116,64 @@ class Aligner(nn.Module):
             )
         return F.normalize(self._items[modality.value](F.normalize(raw.float(), dim=-1)), dim=-1)
 
+    def text(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled text features (n, E_p) -> query vectors (n, D) float32: L2-normalised, then a 1."""
+        return unit_query(F.pad(self.tower_text(pooled), (0, 1)))
+
+    def item(self, modality: Modality, raw: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw features of one modality -> item vectors (n, D) float32: L2-normalised, then minus the popularity.
+
+        Args:
+            raw: (n, d_m).
+            memory: (n, D - 1) mean text vector of each item's captions, zero for an item that has none.
+        """
+        x = self.tower_item(modality, raw)
+        captioned = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        if memory is not None:
+            captioned = memory.square().sum(1) > 0
+            weight = self.settings.caption_memory * captioned[:, None]
+            x = F.normalize((1 - weight) * x + weight * F.normalize(memory, dim=-1), dim=-1)
+        popularity = self.offset * captioned
+        if len(self.bank) and self.settings.popularity:
+            nearest = (x @ self.bank.float().T).topk(max(1, len(self.bank) // _BANK_SHARE), dim=1).values
+            popularity = popularity + self.settings.popularity * nearest.mean(1) - self.centre
+        return torch.cat((x, -popularity[:, None]), 1)
+
     @torch.inference_mode()
-    def item_vectors(self, features: Mapping[Modality, np.ndarray], batch: int = 8192) -> np.ndarray:
-        """All items' vectors (N, D) float32, modalities concatenated in ``MODALITIES`` order."""
-        was_training = self.training
-        self.eval()
-        parts = [
-            self.item(m, torch.from_numpy(np.asarray(features[m][i : i + batch], dtype=np.float32))).numpy()
-            for m in MODALITIES
-            if m in features
-            for i in range(0, len(features[m]), batch)
-        ]
-        self.train(was_training)
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+    def item_vectors(
+        self, features: Mapping[Modality, np.ndarray], captions: CaptionPairs | None = None, batch: int = 4096
+    ) -> np.ndarray:
+        """All items' vectors (N, D) float32, modalities concatenated in ``MODALITIES`` order.
+
+        Args:
+            features: raw features (n_m, d_m) of each modality.
+            captions: what the index may know of the items: captions with the rows they belong to. Captions that an
+                evaluation asks with must not be among them.
+        """
+        total = sum(len(f) for f in features.values())
+        memory = torch.zeros(total, self.dim - 1)
+        if captions is not None and len(captions):
+            texts = torch.from_numpy(self.text_vectors(captions.pooled)[:, :-1].copy())
+            memory.index_add_(0, torch.from_numpy(np.asarray(captions.rows, np.int64)), texts)
+        out, start = [np.empty((0, self.dim), np.float32)], 0
+        with _evaluating(self):
+            for m in MODALITIES:
+                raw = features.get(m, np.empty((0, 1)))
+                for i in range(0, len(raw), batch):
+                    block = torch.from_numpy(np.asarray(raw[i : i + batch], np.float32))
+                    out.append(self.item(m, block, memory[start : start + len(block)]).numpy())
+                    start += len(block)
+        return np.concatenate(out)
 
     @torch.inference_mode()
     def text_vectors(self, pooled: np.ndarray, batch: int = 8192) -> np.ndarray:
         """Query vectors (n, D) float32 of pooled text features (n, E_p)."""
-        was_training = self.training
-        self.eval()
-        parts = [
-            self.text(torch.from_numpy(np.asarray(pooled[i : i + batch], dtype=np.float32))).numpy()
-            for i in range(0, len(pooled), batch)
-        ]
-        self.train(was_training)
-        return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+        with _evaluating(self):
+            parts = [
+                self.text(torch.from_numpy(np.asarray(pooled[i : i + batch], np.float32))).numpy()
+                for i in range(0, len(pooled), batch)
+            ]
+        return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def save(self, folder: Path) -> None:
         """Write ``aligner.safetensors`` and ``aligner.json``."""
@@ -141,7 +197,9 @@ class Aligner(nn.Module):
             shape = json.loads((folder / "aligner.json").read_text())
             widths = {Modality(m): w for m, w in shape["item_widths"].items()}
             aligner = cls(shape["text_width"], widths, AlignerSettings.model_validate(shape["settings"]))
-            aligner.load_state_dict(load_file(str(folder / "aligner.safetensors")))
+            state = load_file(str(folder / "aligner.safetensors"))
+            aligner.bank = state["bank"]
+            aligner.load_state_dict(state)
         except (OSError, KeyError, ValueError, RuntimeError) as e:
             raise StoreError(f"cannot read the aligner ({e})", where=folder, remedy="Fit the aligner again.") from None
         return aligner.eval()
@@ -161,6 +219,16 @@ class CaptionPairs:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def info_nce(text: torch.Tensor, items: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -184,6 +252,7 @@ def fit_aligner(
     pairs: CaptionPairs,
     settings: AlignerSettings,
     *,
+    validation: CaptionPairs | None = None,
     collective: Collective | None = None,
     hooks: FitHooks | None = None,
     seed: int = 0,
@@ -194,6 +263,8 @@ def fit_aligner(
     Args:
         features: raw features (n_m, d_m) of each modality, all of the corpus on every worker.
         pairs: captions to train on, all of them on every worker; each worker takes its share of every batch.
+        validation: held-out captions, both of items in ``pairs`` and of items that are not; they set the offset
+            between captioned items and others (without them, it makes their mean popularity equal).
 
     Raises:
         CorpusError: fewer than two captions.
@@ -232,7 +303,9 @@ def fit_aligner(
             chosen = order[step * batch : (step + 1) * batch][share(batch, collective)]
             items = _item_batch(aligner, tables, offsets, rows[chosen])
             same = (texts[chosen][:, None] == texts[chosen]) | (rows[chosen][:, None] == rows[chosen])
-            loss = info_nce(aligner.text(pooled[chosen]), items, aligner.log_scale.exp().clamp(max=_MAX_SCALE), same)
+            loss = info_nce(
+                aligner.tower_text(pooled[chosen]), items, aligner.log_scale.exp().clamp(max=_MAX_SCALE), same
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(aligner.parameters(), collective)
@@ -240,17 +313,72 @@ def fit_aligner(
             losses.append(loss.detach())
         metrics = {"loss": float(torch.stack(losses).mean()), "scale": aligner.scale}
         hooks.on_progress(Progress("aligner", (epoch + 1) * steps, total, metrics))
-    return aligner.cpu().eval(), metrics
+    aligner = aligner.cpu().eval()
+    offset = _fit_popularity(aligner, features, pairs, validation, seed)
+    return aligner, metrics | {"captioned_offset": offset}
+
+
+@torch.inference_mode()
+def _fit_popularity(
+    aligner: Aligner,
+    features: Mapping[Modality, np.ndarray],
+    pairs: CaptionPairs,
+    validation: CaptionPairs | None,
+    seed: int,
+) -> float:
+    """Fill the bank with training captions, then set the offset of captioned items; returns it.
+
+    The offset (and, for the comparison, a temperature) maximises the likelihood of validation queries over all
+    items, queries of captioned items and of others weighing the same.
+    """
+    distinct = np.unique(np.asarray(pairs.pooled, np.float32), axis=0)
+    if len(distinct) >= _SMALLEST_BANK and aligner.settings.popularity:
+        order = torch.randperm(len(distinct), generator=generator_for(seed, 5)).numpy()
+        bank = torch.from_numpy(aligner.text_vectors(distinct[np.sort(order[: aligner.settings.bank])])[:, :-1].copy())
+        aligner.bank = bank.half()
+    items = aligner.item_vectors(features, pairs)
+    captioned = np.zeros(len(items), bool)
+    captioned[pairs.rows] = True
+    aligner.centre.fill_(float(-items[:, -1].mean()))
+    items[:, -1] += float(aligner.centre)
+    if captioned.all() or not aligner.settings.caption_memory:
+        return 0.0
+    known = None if validation is None else captioned[validation.rows]
+    if validation is None or known is None or known.all() or not known.any():
+        offset = float(items[captioned, -1].mean() - items[~captioned, -1].mean())
+    else:
+        offset = _best_offset(aligner, items, captioned, validation, known)
+    aligner.offset.fill_(offset)
+    return offset
+
+
+def _best_offset(
+    aligner: Aligner, items: np.ndarray, captioned: np.ndarray, validation: CaptionPairs, known: np.ndarray
+) -> float:
+    half = _VALIDATION_QUERIES // 2
+    chosen = np.concatenate([np.flatnonzero(known)[:: max(1, known.sum() // half)],
+                             np.flatnonzero(~known)[:: max(1, (~known).sum() // half)]])  # fmt: skip
+    queries = aligner.text_vectors(validation.pooled[chosen])
+    scores = torch.from_numpy(queries @ items.T)
+    gold = torch.from_numpy(np.asarray(validation.rows, np.int64)[chosen])
+    mine = torch.from_numpy(known[chosen])
+    shift = torch.from_numpy(captioned).float()
+    best = (float("inf"), 0.0)
+    for offset in np.arange(-0.05, 0.2001, 0.01):
+        for scale in (15.0, 25.0, 40.0):
+            losses = F.cross_entropy(scale * (scores - float(offset) * shift), gold, reduction="none")
+            best = min(best, (float(losses[mine].mean() + losses[~mine].mean()), float(offset)))
+    return best[1]
 
 
 def _item_batch(
     aligner: Aligner, tables: dict[Modality, torch.Tensor], offsets: dict[Modality, int], rows: torch.Tensor
 ) -> torch.Tensor:
     """Vectors (B, D) of items given by corpus row, each through the head of its modality."""
-    out = torch.empty(len(rows), aligner.dim, device=rows.device)
+    out = torch.empty(len(rows), aligner.dim - 1, device=rows.device)
     for modality, table in tables.items():
         local = rows - int(offsets[modality])
         mine = (local >= 0) & (local < len(table))
         if bool(mine.any()):
-            out = out.index_put((mine.nonzero().squeeze(1),), aligner.item(modality, table[local[mine]]))
+            out = out.index_put((mine.nonzero().squeeze(1),), aligner.tower_item(modality, table[local[mine]]))
     return out

@@ -12,6 +12,7 @@ from ace_core.generator.model import Generator
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
+from ace_core.space import unit_query
 
 DIM, WIDTH, LAYERS, TOKENS = 16, 24, 3, 7
 
@@ -33,7 +34,7 @@ def queries(n: int, seed: int = 1) -> QueryBatch:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, TOKENS + 1, n)
     return QueryBatch(
-        torch.from_numpy(unit(rng, n)),
+        unit_query(torch.from_numpy(unit(rng, n))),
         torch.from_numpy(rng.normal(size=(n, LAYERS, TOKENS, 24)).astype(np.float32)),
         torch.from_numpy(np.arange(TOKENS) < lengths[:, None]),
     )

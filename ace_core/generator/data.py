@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ace_core.errors import CorpusError
 from ace_core.fitting import generator_for
 from ace_core.query import QueryBatch
+from ace_core.space import unit_query
 
 _SORT_WINDOW = 16
 
@@ -101,5 +103,5 @@ def virtual_queries(
     if gaps is not None and len(gaps):
         shift = gaps[torch.randint(len(gaps), (len(rows),), generator=draw).to(x.device)]
     else:
-        shift = torch.nn.functional.normalize(torch.randn(x.shape, generator=draw), dim=-1).to(x.device)
-    return QueryBatch(torch.nn.functional.normalize(x + noise * shift, dim=-1))
+        shift = F.normalize(torch.randn(x.shape, generator=draw), dim=-1).to(x.device)
+    return QueryBatch(unit_query(x + noise * shift))

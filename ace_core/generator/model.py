@@ -30,6 +30,7 @@ from ace_core.generator.fusion import CoarseToFineFusion, FusionMemory
 from ace_core.items import MODALITIES
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
+from ace_core.space import unit_query
 
 _START_SCALE = 20.0
 
@@ -140,7 +141,7 @@ class Generator(nn.Module):
         self._positions = nn.Parameter(torch.randn(self.levels - 1, width) * 0.02)
         self._layers = nn.ModuleList(_Layer(settings, text_layers) for _ in range(settings.layers))
         self._final_norm = nn.LayerNorm(width)
-        self._deltas = nn.ModuleList(nn.Linear(width, self.dim) for _ in range(self.levels - 1))
+        self._deltas = nn.ModuleList(nn.Linear(width, self.dim - 1) for _ in range(self.levels - 1))
         self._modality = nn.Linear(self.dim, len(MODALITIES))
         self.log_scales = nn.Parameter(torch.full((self.levels,), math.log(_START_SCALE)))
         self._log_item_scale = nn.Parameter(torch.tensor(math.log(_START_SCALE)))
@@ -187,10 +188,10 @@ class Generator(nn.Module):
         y = self._refine_query.expand(len(query), 1, -1)
         read = self._refine_norm(y + self._refine_read(y, self._refine_read.project(z, memories), mask)).squeeze(1)
         hidden = self._refine_feed(torch.cat((read, query.vector * math.sqrt(self.dim)), -1))
-        return F.normalize((query.vector + self._refine_out(hidden)).float(), dim=-1)
+        return unit_query(query.vector + self._refine_out(hidden))
 
     def refine(self, query: QueryBatch) -> torch.Tensor:
-        """The refined query q' (n, D) float32, L2-normalised: what similarities are measured with."""
+        """The refined query q' (n, D) float32, L2-normalised and then a 1: what similarities are measured with."""
         return self._refined(query, *self._memories(query))
 
     # -- heads ------------------------------------------------------------------------------------------------------
@@ -200,6 +201,11 @@ class Generator(nn.Module):
 
     def _level_logits(self, vector: torch.Tensor, level: int) -> torch.Tensor:
         return self.log_scales[level].exp() * (vector.float() @ self._codewords[level].T)
+
+    def _steered(self, vector: torch.Tensor, state: torch.Tensor, level: int) -> torch.Tensor:
+        """q' + delta_level of decoder states; the popularity coordinate stays what it is."""
+        delta = self._deltas[level - 1](state)
+        return vector + F.pad(delta, (0, 1))
 
     @property
     def item_scale(self) -> torch.Tensor:
@@ -249,7 +255,7 @@ class Generator(nn.Module):
         for layer in self._decoder:
             y = layer(y, layer.own_keys_values(y), layer.fusion.project(z, memories), mask, 1)
         y = self._final_norm(y)
-        levels = [self._level_logits(vector + self._deltas[i](y[:, i]), i + 1) for i in range(self.levels - 1)]
+        levels = [self._level_logits(self._steered(vector, y[:, i], i + 1), i + 1) for i in range(self.levels - 1)]
         return [self._modality_logits(vector), *levels], vector
 
     def start(self, query: QueryBatch) -> DecoderState:
@@ -287,7 +293,7 @@ class Generator(nn.Module):
             kept.append(own)
             y = layer(y, own, state.memory[i], state.mask, beams)
         y = self._final_norm(y).view(n, beams, -1)
-        logits = self._level_logits(state.vector[:, None] + self._deltas[level - 1](y), level)
+        logits = self._level_logits(self._steered(state.vector[:, None], y, level), level)
         return F.log_softmax(logits, -1), replace(state, past=tuple(kept))
 
     # -- files ------------------------------------------------------------------------------------------------------

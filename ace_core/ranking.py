@@ -1,0 +1,161 @@
+"""Ranking of what the generator proposed: mix, probability, no-match threshold.
+
+An item's score is a mix of what the generator thought of its identifier and how similar it is to the refined query,
+
+    score = w_g * log p(identifier | query) + w_s * (q' · item),
+
+where the item is its stored 8-bit vector or the one rebuilt from its codes. The weights, the calibration of scores to
+probabilities and the threshold are learned on validation queries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ace_core.errors import StoreError
+
+_STEPS = 200
+_FOUND_WITHIN = 10
+_KEPT_SHARE = 0.95
+_LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Frozen weights. All arrays below are (n, c): c candidates of each of n queries.
+
+    Attributes:
+        generator, similarity: the weights w_g, w_s >= 0.
+        calibration: (a, b, c): a candidate's probability of being right is
+            sigmoid(a * log posterior among the candidates + b * similarity + c).
+        threshold: probability below which a query's best candidate is no confident match.
+    """
+
+    generator: float = 0.0
+    similarity: float = 20.0
+    calibration: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    threshold: float = 0.0
+
+    def score(self, log_prob: np.ndarray, similarity: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        """Scores (n, c) float32, higher is better; -inf where not ``valid``."""
+        out = self.similarity * np.asarray(similarity, np.float32)
+        if self.generator:
+            out = out + self.generator * np.asarray(log_prob, np.float32)
+        return out if valid is None else np.where(valid, out, np.float32(-np.inf))
+
+    def probability(self, score: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities (n, c) of being the right item, from :meth:`score`'s (0 where a score is -inf)."""
+        a, b, c = self.calibration
+        out = 1 / (1 + np.exp(-np.clip(a * _log_posterior(score) + b * similarity + c, -50, 50)))
+        return np.where(np.isneginf(score), 0.0, out)
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Ranker:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            StoreError: the file is missing or holds something else.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            return cls(**raw | {"calibration": tuple(raw["calibration"])})
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise StoreError(f"cannot read the ranking ({e})", where=path, remedy="Fit the generator again.") from None
+
+
+def _log_posterior(score: np.ndarray) -> np.ndarray:
+    """Log-softmax of scores (n, c) over the candidates, at least -50."""
+    filled = np.where(np.isneginf(score), _LOWEST, score).astype(np.float64)
+    return np.maximum(filled - np.logaddexp.reduce(filled, axis=1, keepdims=True), -50)
+
+
+def fit_ranker(
+    log_prob: np.ndarray,
+    similarity: np.ndarray,
+    right: np.ndarray,
+    *,
+    valid: np.ndarray | None = None,
+    start: Ranker | None = None,
+) -> Ranker:
+    """Learn the weights, the calibration and the threshold on validation queries.
+
+    The weights maximise the likelihood of the right candidate among the candidates, over queries that have one; the
+    calibration is a logistic regression over the ten best candidates of every query; the threshold keeps 95 % of the
+    queries whose item is among those.
+
+    Args:
+        log_prob, similarity: (n, c) as in :class:`Ranker`.
+        right, valid: (n, c) bool.
+        start: weights to start from; returned unchanged when no query has its item among its candidates.
+    """
+    start = start or Ranker()
+    valid = np.ones(right.shape, bool) if valid is None else valid
+    right = right & valid
+    usable = right.any(1)
+    if not usable.any():
+        return start
+    columns = [np.where(valid, f, 0.0)[usable] for f in (log_prob, similarity)]
+    x = torch.from_numpy(np.stack(columns, -1)).double()
+    mask = torch.from_numpy(valid[usable])
+    target = torch.from_numpy(right[usable]).double()
+    target = target / target.sum(1, keepdim=True)
+    spread = x[mask].std(0).clamp_min(1e-6)
+    first = torch.tensor([max(start.generator, 0.1), max(start.similarity, 1.0)], dtype=torch.float64)
+    raw = (first * spread).log().requires_grad_()
+
+    def loss() -> torch.Tensor:
+        mixed = (x / spread * raw.exp()).sum(-1).masked_fill(~mask, _LOWEST)
+        return -(target * F.log_softmax(mixed, -1)).sum(-1).mean()
+
+    _minimise([raw], loss)
+    weights = (raw.detach().exp() / spread).tolist()
+    return _calibrated(replace(start, generator=weights[0], similarity=weights[1]), log_prob, similarity, right, valid)
+
+
+def _calibrated(
+    ranker: Ranker, log_prob: np.ndarray, similarity: np.ndarray, right: np.ndarray, valid: np.ndarray
+) -> Ranker:
+    scores = ranker.score(log_prob, similarity, valid)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :_FOUND_WITHIN]
+    kept = np.take_along_axis(valid, order, 1)
+    columns = [np.take_along_axis(f, order, 1)[kept] for f in (_log_posterior(scores), similarity)]
+    x = torch.from_numpy(np.stack(columns, -1)).double()
+    y = torch.from_numpy(np.take_along_axis(right, order, 1)[kept]).double()
+    centre, spread = x.mean(0), x.std(0).clamp_min(1e-6)
+    z = (x - centre) / spread
+    slope = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    offset = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(z @ slope + offset, y) + 1e-4 * slope.square().sum()
+
+    _minimise([slope, offset], loss)
+    a, b = (slope.detach() / spread).tolist()
+    c = float(offset.detach() - (slope.detach() * centre / spread).sum())
+    ranker = replace(ranker, calibration=(a, b, c))
+    best = ranker.probability(scores, similarity).max(1)
+    found = np.take_along_axis(right, order, 1).any(1)
+    return replace(ranker, threshold=float(np.quantile(best[found], 1 - _KEPT_SHARE)))
+
+
+def _minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)  # type: ignore[arg-type]
