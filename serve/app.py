@@ -1,0 +1,221 @@
+"""The Ray Serve application: an ingress that speaks HTTP, and the decoding replicas behind it.
+
+``ace serve`` calls :func:`run`. For a cluster, :func:`build` is the application builder that Ray's own commands take:
+
+    serve run serve.app:build store=s3://bucket/store
+    serve deploy deploy/serve.yaml
+"""
+
+# No `from __future__ import annotations` here: Ray Serve reads the type of the argument of build() from its signature,
+# and would hand over unchecked settings if that were a string.
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from ace_core.config import ServeSettings, Settings
+from ace_core.errors import SettingsError, StoreError
+from ace_store.store import Store
+from serve.auth import read_keys
+from serve.calls import ExampleCall, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
+from serve.http import build_http
+from serve.replica import LightSettings, Searcher
+
+APP_NAME = "ace"
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_TRIES = 3
+_log = logging.getLogger("ace.serve")
+
+
+class ReplicaBackend:
+    """The replicas behind a deployment handle. A replica that dies while it answers is replaced by another's answer."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
+        return await self._ask(lambda: self._handle.search.remote(call))
+
+    async def probe(self) -> ReplicaState:
+        answer = await self._ask(self._handle.probe.remote)
+        if isinstance(answer, Refusal):
+            raise Unavailable(answer.found)
+        return answer
+
+    async def state(self) -> ReplicaState:
+        return await self._ask(self._handle.state.remote)
+
+    async def _ask(self, send: Callable[[], Any]) -> Any:
+        for attempt in range(_TRIES):
+            try:
+                return await send()
+            except BackPressureError:
+                raise Overloaded from None
+            except (RayActorError, DeploymentUnavailableError) as e:
+                # Searching changes nothing, so it is safe to ask again. The caller's deadline ends the waiting.
+                _log.warning("a replica was lost while it answered: %s", type(e).__name__)
+                await asyncio.sleep(0.1 * 2**attempt)
+        raise Unavailable("the replicas were lost while they answered")
+
+
+@serve.ingress()
+class Ingress:
+    """Speaks HTTP: keys, limits, the API and the page. Holds no model."""
+
+    def __init__(self, settings: Settings, searcher: DeploymentHandle) -> None:
+        self._settings = settings
+        self._searcher = searcher
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        name = serve.get_replica_context().replica_id.unique_id
+        return build_http(self._settings, ReplicaBackend(self._searcher), ingress=name)
+
+
+def build(settings: Settings) -> serve.Application:
+    """The application for these settings (from ``ace serve``, or the ``args`` of a Serve configuration file).
+
+    Raises:
+        SettingsError: the key file cannot be used.
+    """
+    chosen = settings.serve
+    if chosen.keys_file is not None:
+        # Refused here, where somebody looks, rather than in the log of a replica.
+        read_keys(Path(chosen.keys_file))
+    searcher = serve.deployment(
+        name="Searcher",
+        max_ongoing_requests=max(64, 4 * chosen.max_batch),
+        max_queued_requests=chosen.max_queued,
+        user_config=LightSettings(
+            max_batch=chosen.max_batch,
+            batch_wait_seconds=chosen.batch_wait_seconds,
+            watch_seconds=chosen.watch_seconds,
+        ).model_dump(),
+        ray_actor_options={"num_cpus": chosen.threads if not chosen.gpus else 1, "num_gpus": chosen.gpus},
+        graceful_shutdown_timeout_s=10,
+        health_check_period_s=5,
+        **_scaling(chosen),
+    )(Searcher)
+    device = "cuda" if chosen.gpus else "cpu"
+    ingress = serve.deployment(
+        name="Ingress",
+        # The ingress admits and refuses by itself, with a problem document; Serve's own limit must not come first.
+        max_ongoing_requests=4 * chosen.max_queued + 100,
+        ray_actor_options={"num_cpus": 0.5},
+        graceful_shutdown_timeout_s=10,
+    )(Ingress)
+    return ingress.bind(settings, searcher.bind(settings.store, settings.search, device, chosen.threads))
+
+
+def _scaling(chosen: ServeSettings) -> dict[str, Any]:
+    if chosen.max_replicas == chosen.replicas:
+        return {"num_replicas": chosen.replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=chosen.replicas,
+            max_replicas=chosen.max_replicas,
+            target_ongoing_requests=chosen.max_batch,
+            upscale_delay_s=2,
+            downscale_delay_s=60,
+            metrics_interval_s=1,
+            look_back_period_s=4,
+        )
+    }
+
+
+def run(
+    settings: Settings, blocking: bool = True, *, on_ready: Callable[[str], None] = print, ready_seconds: float = 180
+) -> str:
+    """Start the server and wait until a replica has answered.
+
+    Args:
+        blocking: serve until interrupted; otherwise return as soon as it answers.
+        on_ready: called with the server's address.
+        ready_seconds: how long it may take to start.
+
+    Returns:
+        The server's address.
+
+    Raises:
+        SettingsError: the port is taken, or the server would be open to the network without keys.
+        StoreError: nothing is published, or the server did not start in time.
+    """
+    chosen = settings.serve
+    if chosen.host not in _LOCAL_HOSTS and chosen.keys_file is None:
+        raise SettingsError(
+            f"serve.host {chosen.host} opens the server to the network, and it has no keys",
+            where="serve.keys_file",
+            remedy="Make a key with `python -m serve.auth read NAME >> keys.txt` and set serve.keys_file to the file.",
+        )
+    if Store.open(settings.store).current().snapshot is None:
+        raise StoreError("nothing has been published here", where=settings.store, remedy="Run `ace publish` first.")
+    port = _free_port(chosen.host, chosen.port)
+    if not ray.is_initialized():
+        ray.init(address=settings.compute.address, include_dashboard=False, log_to_driver=False)
+    serve.start(
+        http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
+        proxy_location=ProxyLocation.HeadOnly,
+    )
+    serve.run(build(settings), name=APP_NAME, route_prefix="/")
+    address = f"http://{'127.0.0.1' if chosen.host == '0.0.0.0' else chosen.host}:{port}"
+    _wait_until_ready(address, ready_seconds)
+    on_ready(address)
+    if blocking:
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            stop()
+    return address
+
+
+def stop() -> None:
+    """End the application and its proxies; Ray itself stays."""
+    serve.shutdown()
+
+
+def _free_port(host: str, port: int) -> int:
+    """``port``, or a free one for 0.
+
+    Raises:
+        SettingsError: something else listens there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise SettingsError(
+                f"port {port} of {host} cannot be used ({e.strerror})",
+                where="serve.port",
+                remedy="Choose another with --set serve.port=8001, or 0 for a free one.",
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(address: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    detail = "no answer"
+    while time.monotonic() < end:
+        try:
+            answer = httpx.get(f"{address}/readyz", timeout=10)
+            if answer.status_code == 200:
+                return
+            detail = answer.json().get("detail", detail)
+        except (httpx.HTTPError, ValueError) as e:
+            detail = type(e).__name__
+        time.sleep(0.2)
+    raise StoreError(
+        f"the server did not become ready in {seconds:g} s ({detail})", where=address, remedy="See Ray's logs."
+    )

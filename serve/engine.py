@@ -1,0 +1,251 @@
+"""What a replica does, without Ray: hold a snapshot, answer batches, change to another snapshot between two batches.
+
+Three threads share the work. *Search* owns the retriever: every batch, and the warm-up of a new one, runs there, so a
+snapshot can only change between two batches. *Media* decodes and encodes uploaded files. *Load* opens and verifies a
+new snapshot beside the one that serves. A published snapshot that fails its checks is refused and said so; the one
+before serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ace_core.config import SearchSettings
+from ace_core.errors import AceError, MediaError, ModelError, QueryError, StoreError
+from ace_core.items import Modality
+from ace_core.retriever import Hit, Retriever, SearchRequest
+from ace_store.store import Store
+from serve.calls import ExampleCall, Found, Options, Refusal, ReplicaState, Reply, TextCall
+
+_log = logging.getLogger("ace.serve")
+_PROBE_TEXT = "a"
+_RETRY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """An example's query vector, and the snapshot whose aligner made it: vectors of two aligners must not mix."""
+
+    snapshot: str
+    vector: np.ndarray
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A call in the queue: when it came (monotonic seconds), its vector if it is a search by example, and what that
+    cost."""
+
+    call: TextCall | ExampleCall
+    since: float
+    vector: _Vector | None = None
+    example_seconds: float = 0.0
+
+    @property
+    def queries(self) -> int:
+        """How many queries it adds to a batch."""
+        return len(self.call.texts) if isinstance(self.call, TextCall) else 1
+
+
+class Engine:
+    """One replica's snapshot and threads."""
+
+    def __init__(self, store: str, *, replica: str, settings: SearchSettings, device: str, threads: int) -> None:
+        """Open the current snapshot.
+
+        Raises:
+            StoreError: nothing is published, or it fails its checks.
+            ModelError: a model that it needs cannot be had here.
+        """
+        torch.set_num_threads(threads)
+        self._store = Store.open(store)
+        self._settings = settings
+        self._device = device
+        self._replica = replica
+        self._refused: str | None = None
+        self._reason: str | None = None
+        self._tried_at = 0.0
+        self._search, self._media, self._load = (ThreadPoolExecutor(1, name) for name in ("search", "media", "load"))
+        current = self._store.current().snapshot
+        if current is None:
+            raise StoreError("nothing has been published here", where=store, remedy="Run `ace publish` first.")
+        self._live = self._open(current, None)
+        self._live.search([_PROBE_TEXT], k=1)
+        self._loaded_at = time.time()
+
+    # -- answering -------------------------------------------------------------------------------------------
+
+    async def prepare(self, call: TextCall | ExampleCall) -> Waiting | Refusal:
+        """Make a call ready for a batch: an uploaded file becomes a vector, on the media thread."""
+        since = time.monotonic()
+        if isinstance(call, TextCall):
+            return Waiting(call, since)
+        if time.time() > call.deadline:
+            return _late()
+        try:
+            vector = await asyncio.get_running_loop().run_in_executor(self._media, self._embed, self._live, call)
+        except AceError as e:
+            return refusal_of(e)
+        if vector is None:
+            return Refusal("missing", f"the snapshot has no item {call.item_id!r}", "item_id")
+        spent = time.monotonic() - since
+        return Waiting(call, time.monotonic(), vector, spent)
+
+    async def answer(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
+        """Answer a batch, every call from the same snapshot."""
+        return await asyncio.get_running_loop().run_in_executor(self._search, self._answer, batch)
+
+    def _answer(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
+        live, started, now = self._live, time.monotonic(), time.time()
+        answers: list[Reply | Refusal] = [_late()] * len(batch)
+        timely = [n for n, waiting in enumerate(batch) if waiting.call.deadline >= now]
+        try:
+            found = self._find(live, [batch[n] for n in timely])
+        except AceError:
+            # One call cannot be answered as asked. Alone, each says so for itself.
+            found = [self._find_alone(live, batch[n]) for n in timely]
+        spent = time.monotonic() - started
+        queries = sum(batch[n].queries for n in timely)
+        for n, hits in zip(timely, found):
+            waiting = batch[n]
+            if isinstance(hits, Refusal):
+                answers[n] = hits
+                continue
+            stages = {"queue": started - waiting.since, "search": spent}
+            if waiting.vector is not None:
+                stages["example"] = waiting.example_seconds
+            answers[n] = Reply(
+                state=self.state(live),
+                results=hits,
+                threshold=live.threshold,
+                stages=stages,
+                batch=queries,
+                beam=max(waiting.call.options.beam or self._settings.beam, waiting.call.options.k),
+            )
+        return answers
+
+    def _find(self, live: Retriever, batch: Sequence[Waiting]) -> list[tuple[tuple[Found, ...], ...] | Refusal]:
+        requests: list[SearchRequest] = []
+        spans: list[slice | Refusal] = []
+        for waiting in batch:
+            first = len(requests)
+            if isinstance(waiting.call, TextCall):
+                requests += [_request(waiting.call.options, text=text) for text in waiting.call.texts]
+            else:
+                vector = waiting.vector
+                if vector is None or vector.snapshot != live.snapshot.id:
+                    vector = self._embed(live, waiting.call)
+                if vector is None:  # the item went with the snapshot before
+                    spans.append(Refusal("missing", f"the snapshot has no item {waiting.call.item_id!r}", "item_id"))
+                    continue
+                requests.append(_request(waiting.call.options, vector=vector.vector))
+            spans.append(slice(first, len(requests)))
+        hits = live.search_batch(requests)
+        return [s if isinstance(s, Refusal) else tuple(tuple(map(_found, h)) for h in hits[s]) for s in spans]
+
+    def _find_alone(self, live: Retriever, waiting: Waiting) -> tuple[tuple[Found, ...], ...] | Refusal:
+        try:
+            return self._find(live, [waiting])[0]
+        except AceError as e:
+            return refusal_of(e)
+
+    @staticmethod
+    def _embed(live: Retriever, call: ExampleCall) -> _Vector | None:
+        """The vector of an example; None when there is no such item."""
+        if call.item_id is not None:
+            vector = live.item_vector(call.item_id)
+        else:
+            vector = live.encode_media(Modality(call.modality or ""), call.media or b"")
+        return None if vector is None else _Vector(live.snapshot.id, vector)
+
+    # -- snapshots -------------------------------------------------------------------------------------------
+
+    def state(self, live: Retriever | None = None) -> ReplicaState:
+        """What this replica serves."""
+        snapshot = (live or self._live).snapshot.id
+        return ReplicaState(self._replica, snapshot, self._loaded_at, self._refused, self._reason)
+
+    async def refresh(self) -> None:
+        """Look at ``CURRENT``; load, verify and warm another snapshot, and change to it. Never raises: a replica that
+        cannot change serves on."""
+        loop = asyncio.get_running_loop()
+        wanted: str | None = None
+        try:
+            wanted = (await loop.run_in_executor(self._load, self._store.current)).snapshot
+            if wanted is None or wanted == self._live.snapshot.id:
+                self._refused = self._reason = None
+                return
+            if wanted == self._refused and time.monotonic() - self._tried_at < _RETRY_SECONDS:
+                return
+            self._tried_at = time.monotonic()
+            fresh = await loop.run_in_executor(self._load, self._open, wanted, self._live)
+            await loop.run_in_executor(self._search, self._change, fresh)
+        except Exception as e:
+            # Whatever is wrong with a snapshot must not stop the replica that serves another.
+            self._refused, self._reason = wanted, e.found if isinstance(e, AceError) else type(e).__name__
+            _log.error("snapshot %s is not served: %s", wanted, e)
+
+    def _open(self, snapshot_id: str, before: Retriever | None) -> Retriever:
+        return Retriever.open(
+            self._store.mirror(snapshot_id),
+            snapshot_id,
+            settings=self._settings,
+            device=self._device,
+            text_encoder=before.text_encoder if before else None,
+        )
+
+    def _change(self, fresh: Retriever) -> None:
+        fresh.search([_PROBE_TEXT], k=1)
+        self._live, self._loaded_at = fresh, time.time()
+        self._refused = self._reason = None
+
+
+def _request(options: Options, *, text: str | None = None, vector: np.ndarray | None = None) -> SearchRequest:
+    return SearchRequest(
+        text=text,
+        vector=vector,
+        k=options.k,
+        modalities=tuple(Modality(m) for m in options.modalities),
+        filters=options.filters,
+        mode=options.mode,
+        beam=options.beam,
+    )
+
+
+def _found(hit: Hit) -> Found:
+    return Found(
+        item_id=hit.item_id,
+        score=hit.score,
+        modality=hit.modality.value,
+        mime=hit.mime,
+        captions=hit.captions,
+        attributes=hit.attributes,
+        identifier=hit.identifier,
+        log_prob=hit.log_prob,
+        similarity=hit.similarity,
+        level_probs=hit.level_probs,
+        start_seconds=hit.start_seconds,
+        end_seconds=hit.end_seconds,
+    )
+
+
+def _late() -> Refusal:
+    return Refusal("deadline", "the search waited past its deadline", remedy="Try again when the server is less busy.")
+
+
+def refusal_of(error: AceError) -> Refusal:
+    """What a replica answers in place of an error."""
+    if isinstance(error, MediaError):
+        return Refusal("media", error.found, "file", error.remedy)
+    if isinstance(error, QueryError):
+        return Refusal("query", error.found, error.where, error.remedy)
+    # Paths of the server stay in its log.
+    _log.error("a search failed: %s", error)
+    return Refusal("model" if isinstance(error, ModelError) else "store", error.found)

@@ -1,0 +1,177 @@
+"""The first thing a request meets: key, size and queue, all decided before its body is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.auth import KeyRing
+from serve.metrics import Metrics
+from serve.problems import ProblemError, overloaded
+
+PUBLIC_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
+ADMIN_PREFIX = "/v1/admin/"
+MEDIA_PREFIX = "/media/"
+SEARCH_PATHS = frozenset({"/v1/search", "/v1/search/by-example"})
+UPLOAD_PATH = "/v1/search/by-example"
+MAX_JSON_BYTES = 1_000_000
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Admission:
+    """Counts searches in flight and refuses more than ``limit``; says when to come back, from how fast they leave."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self._seconds_each = 0.05
+
+    def enter(self) -> bool:
+        """Take a place, if there is one."""
+        if self.in_flight >= self.limit:
+            return False
+        self.in_flight += 1
+        return True
+
+    def leave(self, seconds: float) -> None:
+        """Give the place back after a search of ``seconds``."""
+        shared = seconds / max(1, self.in_flight)
+        self._seconds_each += 0.1 * (shared - self._seconds_each)
+        self.in_flight -= 1
+
+    def retry_after(self) -> int:
+        """Seconds until about half of the searches in flight are gone, 1 to 30."""
+        return max(1, min(30, math.ceil(self.in_flight * self._seconds_each / 2)))
+
+
+class Gate:
+    """ASGI middleware: metrics and headers for every answer; keys, body limits and admission for every request."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: KeyRing, admission: Admission, metrics: Metrics, max_body_bytes: int
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._admission = admission
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._admit(scope, receive, send_with_headers)
+        finally:
+            route = scope.get("route")
+            self._metrics.request(getattr(route, "path", "other"), status, time.perf_counter() - started)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        limit = self._max_body_bytes if scope["path"] == UPLOAD_PATH else MAX_JSON_BYTES
+        try:
+            self._check_key(scope, headers)
+            _check_length(headers, limit)
+            searching = scope["path"] in SEARCH_PATHS and scope["method"] == "POST"
+            if searching and not self._admission.enter():
+                self._metrics.rejected("queue")
+                raise overloaded(self._admission.retry_after())
+        except ProblemError as e:
+            # The body was not read: say that the connection ends here, or its bytes would be taken for a request.
+            response = e.response()
+            if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        if not searching:
+            await self._app(scope, _limited(receive, limit), send)
+            return
+        entered = time.monotonic()
+        self._metrics.in_flight(self._admission.in_flight)
+        try:
+            await self._app(scope, _limited(receive, limit), send)
+        finally:
+            self._admission.leave(time.monotonic() - entered)
+            self._metrics.in_flight(self._admission.in_flight)
+
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
+        path: str = scope["path"]
+        if path in PUBLIC_PATHS:
+            return
+        if self._keys.open:
+            if path.startswith(ADMIN_PREFIX):
+                raise ProblemError(
+                    403,
+                    "forbidden",
+                    "this server has no admin keys",
+                    remedy="Set serve.keys_file to a file with an admin key.",
+                )
+            return
+        if path.startswith(MEDIA_PREFIX) and scope["method"] in ("GET", "HEAD"):
+            query = parse_qs(scope["query_string"].decode("latin-1"))
+            if self._keys.signed(path, *(query.get(name, [None])[0] for name in ("expires", "signature"))):
+                return
+        role = self._keys.role_of(headers.get("authorization"))
+        if role is None:
+            self._metrics.rejected("key")
+            given = "authorization" in headers
+            raise ProblemError(
+                401,
+                "unauthorized",
+                "this key is not known here" if given else "this server asks for a key",
+                remedy="Send the header `Authorization: Bearer KEY`.",
+                headers={"WWW-Authenticate": 'Bearer realm="ACE"' + (', error="invalid_token"' if given else "")},
+            )
+        if path.startswith(ADMIN_PREFIX) and role != "admin":
+            raise ProblemError(403, "forbidden", "this key may only read", remedy="Use an admin key.")
+
+
+def _check_length(headers: Headers, limit: int) -> None:
+    length = headers.get("content-length", "0")
+    if length.isascii() and length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> ProblemError:
+    return ProblemError(
+        413, "too large", f"the body is larger than {limit} bytes", remedy="Send a smaller file or fewer texts."
+    )
+
+
+def _limited(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:
+    """``receive`` that ends a body without a declared length when it grows over the limit."""
+    seen = 0
+
+    async def limited() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise HTTPException(413, _too_large(limit).problem.detail)
+        return message
+
+    return limited

@@ -1,0 +1,72 @@
+"""The decoding replica as a Ray Serve deployment: batches calls for the engine, and watches ``CURRENT``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from ace_core.config import SearchSettings
+from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
+from serve.engine import Engine, Waiting
+
+_MAX_BATCH = 16
+_PROBE_SECONDS = 5.0
+
+
+class LightSettings(BaseModel):
+    """What may change while replicas serve (Ray Serve's ``user_config``)."""
+
+    model_config = ConfigDict(extra="forbid")
+    max_batch: int = Field(_MAX_BATCH, ge=1)
+    batch_wait_seconds: float = Field(0.005, ge=0)
+    watch_seconds: float = Field(2.0, gt=0)
+
+
+class Searcher:
+    """Holds one snapshot and answers batches of calls from it."""
+
+    def __init__(self, store: str, search: SearchSettings, device: str, threads: int) -> None:
+        name = serve.get_replica_context().replica_id.unique_id
+        self._engine = Engine(store, replica=name, settings=search, device=device, threads=threads)
+        self._light = LightSettings()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict) -> None:
+        """Take changed light settings; called by Ray Serve at the start and on every change.
+
+        Raises:
+            pydantic.ValidationError: a setting is unknown or malformed; the deployment says so and keeps the old ones.
+        """
+        self._light = LightSettings.model_validate(user_config)
+        self._batched.set_max_batch_size(self._light.max_batch)  # type: ignore[attr-defined]
+        self._batched.set_batch_wait_timeout_s(self._light.batch_wait_seconds)  # type: ignore[attr-defined]
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
+        """Answer a call, together with others that wait."""
+        waiting = await self._engine.prepare(call)
+        return waiting if isinstance(waiting, Refusal) else await self._batched(waiting)
+
+    async def probe(self) -> ReplicaState | Refusal:
+        """Answer a small query through the same queue as every other, and say what is served."""
+        call = TextCall(("a",), Options(k=1), time.time() + _PROBE_SECONDS)
+        answer = await self.search(call)
+        return answer if isinstance(answer, Refusal) else answer.state
+
+    async def state(self) -> ReplicaState:
+        """What is served."""
+        return self._engine.state()
+
+    @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.005)
+    async def _batched(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
+        return await self._engine.answer(batch)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._light.watch_seconds)
+            await self._engine.refresh()
