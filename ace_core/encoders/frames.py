@@ -1,4 +1,4 @@
-"""Videos by their frames: what is seen (the mean) and how it changes (last minus first)."""
+"""Videos by their frames: what is seen, how that changes, and where something moves when."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from ace_core.config import LimitSettings
-from ace_core.encoders.lite0 import SIDE, Lite0Images
+from ace_core.encoders.lite0 import SIDE, WIDTH, Lite0Images
 from ace_core.encoders.protocol import normalised
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
 from ace_core.media.video import decode_video
 
+_CELLS = 8  # the motion map's cells along each side
+_CHANGE_WEIGHT, _MOTION_WEIGHT = 0.5, 0.7  # against 1 for what is seen
+_LARGE_CHANGE = np.sqrt(2 * (1 - 0.9))  # distance of two frames' unit vectors with a cosine of 0.9
+_LARGE_MOTION = 0.2
+_REVISION = 1  # raise it with any change of the numbers above: vectors of two revisions must not meet
+
 
 class FrameVideos:
     """EfficientNet-Lite0 on ``frames`` sampled frames, behind the ``MediaEncoder`` protocol.
 
-    A mean over frames is blind to time: an apple rolling left and one rolling right look the same. The second half
-    of the vector is the difference between the last and the first frame, scaled to the length of the first half.
+    A vector has three parts: the mean of the frames' features (what is seen); the last frame's minus the first's (how
+    it changes); and a motion map of each frame. The last is there because a network's pooled features hardly tell
+    where in a frame something is: from mean and change alone a linear probe reads 63 % of the demo's eleven motions,
+    with the map all of them.
     """
 
     modality = Modality.VIDEO
@@ -28,30 +36,45 @@ class FrameVideos:
         self._images = Lite0Images(limits, device)
         self._frames = frames
         self._limits = limits
-        self.dim = 2 * self._images.dim
-        self.identity = fingerprint("frames", self._images.identity, frames)
+        self.dim = 2 * WIDTH + frames * _CELLS**2
+        self.identity = fingerprint("frames", _REVISION, self._images.identity, frames)
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(frames, 224, 224, 3) uint8."""
         return decode_video(data, self._limits, self._frames, SIDE, start, end).frames
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
-        """(n, 2560) float32, L2-normalised, of n (frames, 224, 224, 3) uint8 clips."""
+        """(n, dim) float32, L2-normalised, of n (frames, 224, 224, 3) uint8 clips."""
         if not batch:
             return np.empty((0, self.dim), np.float32)
-        seen = self._images.features(np.concatenate(batch)).reshape(len(batch), self._frames, -1)
-        return pool_frames(seen)
+        seen = self._images.features(np.concatenate(batch)).reshape(len(batch), self._frames, WIDTH)
+        change = normalised(seen[:, -1]) - normalised(seen[:, 0])
+        motion = np.stack([motion_map(clip).reshape(-1) for clip in batch])
+        return normalised(
+            np.concatenate(
+                [
+                    normalised(seen.mean(axis=1)),
+                    _CHANGE_WEIGHT * _at_most_unit(change, _LARGE_CHANGE),
+                    _MOTION_WEIGHT * _at_most_unit(motion, _LARGE_MOTION),
+                ],
+                axis=1,
+            )
+        )
 
 
-def pool_frames(features: np.ndarray) -> np.ndarray:
-    """(n, frames, d) -> (n, 2 d): [mean ; last - first], each of unit length, together of unit length.
+def motion_map(clip: np.ndarray) -> np.ndarray:
+    """How much each cell of each frame differs from the clip's median picture: (frames, 8, 8) float32.
 
-    The change of a still video is near zero and must stay so: it is scaled by the length of its two frames, not by
-    its own. (The factor makes the change of two frames with a cosine of 0.9, as different as frames of one clip
-    usually get, as long as the mean.)
+    Args:
+        clip: (frames, side, side, 3) uint8, side a multiple of 32.
     """
-    mean = normalised(features.mean(axis=1))
-    first, last = normalised(features[:, 0]), normalised(features[:, -1])
-    change = (last - first) / np.sqrt(2 * (1 - 0.9))
-    longest = np.linalg.norm(change, axis=1, keepdims=True)
-    return normalised(np.concatenate([mean, change / np.maximum(longest, 1.0)], axis=1))
+    count, side = clip.shape[:2]
+    block = side // (4 * _CELLS)
+    small = clip.reshape(count, 4 * _CELLS, block, 4 * _CELLS, block, 3).mean((2, 4), dtype=np.float32) / 255
+    distance = np.linalg.norm(small - np.median(small, axis=0), axis=-1)
+    return distance.reshape(count, _CELLS, 4, _CELLS, 4).mean((2, 4))
+
+
+def _at_most_unit(rows: np.ndarray, large: float) -> np.ndarray:
+    """Rows longer than ``large`` to unit length, shorter ones in proportion: a still video's noise stays small."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), large)
