@@ -196,10 +196,7 @@ def search_candidates(
 
 
 def _draft(model: SpellingModel, query: QueryBatch, walk: Walk, addresses: MaskAddresses, draft: int) -> Rows:
-    rows = walk.root(len(query))
-    for log_probs in model.one_shot(query):
-        rows = walk.expand(rows, _numpy(log_probs)[:, None, :], draft, addresses)
-    return rows
+    return walk.draft([_numpy(t) for t in model.one_shot(query)], draft, addresses)
 
 
 def _finish(

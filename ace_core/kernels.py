@@ -5,7 +5,7 @@ do by padding every row to its level's vocabulary; a compiled loop looks at the 
 them with one comparison. A C++ torch operator would need a compiler on the user's machine.
 
 Arrays of the index are passed as addresses, so one compilation serves any number of segments, 8- and 16-bit tokens,
-32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 4 s once a machine (``cache=True``
+32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 10 s once a machine (``cache=True``
 keeps it on disk). The kernels are serial and release the GIL: threads that search at the same time share nothing but
 the read-only index (numba's own thread pool is not used; its default layer is not thread-safe).
 """
@@ -31,13 +31,33 @@ def _pointer(typingctx, address):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _uint64(address):
-    return numba.carray(_pointer(address), (1,), np.uint64)  # type: ignore[call-arg]
+def _uint8(address):
+    return numba.carray(_pointer(address), (1,), np.uint8)  # type: ignore[call-arg]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _uint16(address):
+    return numba.carray(_pointer(address), (1,), np.uint16)  # type: ignore[call-arg]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _uint32(address):
     return numba.carray(_pointer(address), (1,), np.uint32)  # type: ignore[call-arg]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _uint64(address):
+    return numba.carray(_pointer(address), (1,), np.uint64)  # type: ignore[call-arg]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _int32(address):
+    return numba.carray(_pointer(address), (1,), np.int32)  # type: ignore[call-arg]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _int64(address):
+    return numba.carray(_pointer(address), (1,), np.int64)  # type: ignore[call-arg]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -57,22 +77,12 @@ def _rank(words, before, item):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _token(address, wide, node):
-    if wide:
-        return np.int64(numba.carray(_pointer(address), (1,), np.uint16)[node])  # type: ignore[call-arg]
-    return np.int64(numba.carray(_pointer(address), (1,), np.uint8)[node])  # type: ignore[call-arg]
+    return np.int64(_uint16(address)[node]) if wide else np.int64(_uint8(address)[node])
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _child(address, wide, node):
-    if wide:
-        return np.int64(numba.carray(_pointer(address), (1,), np.int64)[node])  # type: ignore[call-arg]
-    return np.int64(numba.carray(_pointer(address), (1,), np.int32)[node])  # type: ignore[call-arg]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _copy(source, target):
-    for s in range(len(source)):  # array assignment would compile numba's general broadcasting
-        target[s] = source[s]
+    return _int64(address)[node] if wide else np.int64(_int32(address)[node])
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -150,39 +160,245 @@ def _log_sum(
                 largest = value
             else:
                 total += np.exp(value - largest)
-        _copy(run_end, cursor)
+        for s in range(len(cursor)):
+            cursor[s] = run_end[s]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _worse(score, order, a, b):
-    return score[a] < score[b] or (score[a] == score[b] and order[a] > order[b])
+def _nth_largest(values, count, n):
+    """The n-th largest (from 1) of the first ``count`` values, which it reorders. Branch-free inside: the order is
+    random, and a mispredicted branch costs more than the swap."""
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high) >> 1
+        pivot = max(min(values[low], values[middle]), min(max(values[low], values[middle]), values[high]))
+        above = low  # values above the pivot go first, then those equal to it
+        for i in range(low, high + 1):
+            value = values[i]
+            values[i] = values[above]
+            values[above] = value
+            above += value > pivot
+        if n <= above - low:
+            high = above - 1
+            continue
+        equal = above
+        for i in range(above, high + 1):
+            value = values[i]
+            values[i] = values[equal]
+            values[equal] = value
+            equal += value == pivot
+        if n <= equal - low:
+            return pivot
+        n -= equal - low
+        low = equal
+    return values[low]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _sift_down(heap, size, score, order):
-    """Restore the heap (worst slot at the root) after its root changed."""
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            return
-        if child + 1 < size and _worse(score, order, heap[child + 1], heap[child]):
-            child += 1
-        if not _worse(score, order, heap[child], heap[at]):
-            return
-        heap[at], heap[child] = heap[child], heap[at]
-        at = child
+def _cut(
+    slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
+    pointers, pointers_wide, level, words, before, unmasked,
+):  # fmt: skip
+    """Drop slots that hold no allowed item (those from ``checked`` on), then all but the best ``keep``.
+
+    Order is kept, so that of equal scores the earlier row and the lower token stay. Returns how many are left, and
+    the score that another must exceed.
+    """
+    segments = slot_low.shape[1]
+    if not unmasked:
+        left = checked
+        for i in range(checked, size):
+            if _any_allowed(pointers, pointers_wide, level, words, before, slot_low[i], slot_high[i]):
+                slot_score[left] = slot_score[i]
+                slot_row[left] = slot_row[i]
+                for s in range(segments):
+                    slot_low[left, s] = slot_low[i, s]
+                    slot_high[left, s] = slot_high[i, s]
+                left += 1
+        size = left
+    if size < keep:
+        return size, -np.inf
+    for i in range(size):
+        scratch[i] = slot_score[i]
+    threshold = _nth_largest(scratch, size, keep)
+    ties = keep
+    for i in range(size):
+        ties -= slot_score[i] > threshold
+    left = 0
+    for i in range(size):
+        score = slot_score[i]
+        tie = (score == threshold) & (ties > 0)
+        ties -= tie
+        slot_score[left] = score
+        slot_row[left] = slot_row[i]
+        for s in range(segments):
+            slot_low[left, s] = slot_low[i, s]
+            slot_high[left, s] = slot_high[i, s]
+        left += (score > threshold) | tie
+    return left, threshold
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _sift_up(heap, at, score, order):
-    """Restore the heap after its last slot was added."""
-    while at > 0:
-        above = (at - 1) >> 1
-        if not _worse(score, order, heap[at], heap[above]):
-            return
-        heap[at], heap[above] = heap[above], heap[at]
-        at = above
+def _order_best_first(score, count, order, other):
+    """Fill ``order`` with the stable descending order of the first ``count`` scores (merge sort of short runs)."""
+    run = 16
+    for begin in range(0, count, run):
+        for i in range(begin, min(begin + run, count)):
+            at = i
+            while at > begin and score[order[at - 1]] < score[i]:
+                order[at] = order[at - 1]
+                at -= 1
+            order[at] = i
+    while run < count:
+        for begin in range(0, count, 2 * run):
+            left, middle = begin, min(begin + run, count)
+            right, end = middle, min(begin + 2 * run, count)
+            for i in range(begin, end):
+                if left < middle and (right >= end or score[order[left]] >= score[order[right]]):
+                    other[i] = order[left]
+                    left += 1
+                else:
+                    other[i] = order[right]
+                    right += 1
+        for i in range(count):
+            order[i] = other[i]
+        run *= 2
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _scan(tokens, at, first, end, base, row, norm, threshold, slot_score, slot_node, size, room):
+    """Put the children at .. end - 1 of one row that pass the threshold into slots, until there is no room.
+
+    The loop that a search's time is spent in: nearly all children end at its first comparison. Of children with one
+    token (a bucket) the first counts; ``first`` is the row's first child. Returns the next child and the next slot.
+    """
+    margin = threshold - base + norm
+    margin -= 1e-5 + 1e-6 * abs(margin)  # a bound that float32 cannot round past; the exact comparison follows
+    cut = row.dtype.type(margin)
+    for i in range(np.uint64(at), np.uint64(end)):
+        value = row[tokens[i]]
+        if value > cut:
+            total = base + min(np.float64(value) - norm, 0.0)
+            if total > threshold and (np.int64(i) == first or tokens[i] != tokens[i - np.uint64(1)]):
+                if size == room:
+                    return np.int64(i), size
+                slot_score[size] = total
+                slot_node[size] = np.int64(i)
+                size += 1
+    return end, size
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _expand_query(
+    tokens, tokens_wide, pointers, pointers_wide, level, words, before,
+    low, high, score, rows, log_probs, renormalise,
+    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+    next_parent, next_token, next_low, next_high, next_score, next_log_prob,
+):  # fmt: skip
+    """:func:`expand` for one query: the same arrays without their first axis. Returns the number of rows.
+
+    Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
+    the threshold is the worst score kept.
+    """
+    segments = low.shape[1]
+    keep = next_score.shape[0]
+    room = slot_score.shape[0]
+    vocabulary = log_probs.shape[1]
+    shared = log_probs.shape[0] == 1
+    last = level == pointers.shape[1]
+    unmasked = True
+    for s in range(segments):
+        unmasked = unmasked and words[s] == NO_MASK
+    cursor = np.empty(segments, np.int64)
+    run_end = np.empty(segments, np.int64)
+    norms = np.zeros(rows if renormalise else 1)
+    best = 0.0  # no child scores above its row by more than this
+    if shared and not renormalise:
+        best = -np.inf
+        for token in range(vocabulary):
+            best = max(best, np.float64(log_probs[0, token]))
+    size = checked = 0
+    threshold = -np.inf
+    for r in range(rows):
+        base = score[r]
+        if base + best <= threshold:
+            break  # rows come by falling score
+        row = log_probs[0 if shared else r]
+        norm = 0.0
+        if renormalise:
+            for s in range(segments):
+                cursor[s] = low[r, s]
+            norm = _log_sum(
+                tokens, tokens_wide, pointers, pointers_wide, level, words, before, high[r], row, cursor, run_end
+            )
+            norms[r] = norm
+        for s in range(segments):
+            cursor[s] = low[r, s]
+        while True:
+            begin = size
+            if segments == 1:
+                if tokens_wide:
+                    cursor[0], size = _scan(
+                        _uint16(tokens[0]), cursor[0], low[r, 0], high[r, 0], base, row, norm, threshold,
+                        slot_score, slot_low[:, 0], size, room,
+                    )  # fmt: skip
+                else:
+                    cursor[0], size = _scan(
+                        _uint8(tokens[0]), cursor[0], low[r, 0], high[r, 0], base, row, norm, threshold,
+                        slot_score, slot_low[:, 0], size, room,
+                    )  # fmt: skip
+                for i in range(begin, size):
+                    slot_row[i] = r
+                    slot_high[i, 0] = _run_end(tokens[0], tokens_wide, slot_low[i, 0], high[r, 0], last)
+                done = cursor[0] == high[r, 0]
+            else:
+                done = False
+                while size < room:
+                    token = _join(tokens, tokens_wide, cursor, high[r], last, vocabulary, run_end)
+                    if token == vocabulary:
+                        done = True
+                        break
+                    total = base + min(np.float64(row[np.uint64(token)]) - norm, 0.0)
+                    slot_score[size] = total
+                    slot_row[size] = r
+                    for s in range(segments):
+                        slot_low[size, s] = cursor[s]
+                        slot_high[size, s] = run_end[s]
+                        cursor[s] = run_end[s]
+                    size += total > threshold
+            if not done:
+                size, threshold = _cut(
+                    slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
+                    pointers, pointers_wide, level, words, before, unmasked,
+                )  # fmt: skip
+                checked = size
+            else:
+                break
+    size, threshold = _cut(
+        slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
+        pointers, pointers_wide, level, words, before, unmasked,
+    )  # fmt: skip
+    _order_best_first(slot_score, size, order, other)
+    for at in range(size):
+        slot = order[at]
+        r = slot_row[slot]
+        token = vocabulary
+        for s in range(segments):
+            begin = slot_low[slot, s]
+            end = slot_high[slot, s]
+            if begin < end:
+                token = _token(tokens[s], tokens_wide, begin)
+            if not last:
+                begin = _child(pointers[s, level], pointers_wide[s], begin)
+                end = _child(pointers[s, level], pointers_wide[s], end)
+            next_low[at, s] = begin
+            next_high[at, s] = end
+        next_parent[at] = r
+        next_token[at] = token
+        next_score[at] = slot_score[slot]
+        norm = norms[r] if renormalise else 0.0
+        next_log_prob[at] = min(np.float64(log_probs[0 if shared else r, token]) - norm, 0.0)
+    return size
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -207,82 +423,68 @@ def expand(
             after the last level), next_log_prob the chosen token's log-probability.
     """
     queries, _, segments = low.shape
-    beam = next_score.shape[1]
-    vocabulary = log_probs.shape[2]
-    last = level == pointers.shape[1]
-    slot_score = np.empty(beam, np.float64)
-    slot_order = np.empty(beam, np.int64)
-    slot_log_prob = np.empty(beam, np.float64)
-    slot_low = np.empty((beam, segments), np.int64)
-    slot_high = np.empty((beam, segments), np.int64)
-    heap = np.empty(beam, np.int64)
-    cursor = np.empty(segments, np.int64)
-    run_end = np.empty(segments, np.int64)
+    room = 3 * next_score.shape[1] + 64
+    slot_score, scratch = np.empty(room), np.empty(room)
+    slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
     for q in range(queries):
-        bits = words[q if words.shape[0] > 1 else 0]
-        counts = before[q if words.shape[0] > 1 else 0]
-        size = 0
-        threshold = -np.inf
-        for r in range(rows[q]):
-            base = score[q, r]
-            ends = high[q, r]
-            row = log_probs[q, r if log_probs.shape[1] > 1 else 0]
-            if size == beam and base <= threshold:
-                break  # rows come by falling score, and no log-probability is above zero
-            norm = 0.0
-            if renormalise:
-                _copy(low[q, r], cursor)
-                norm = _log_sum(
-                    tokens, tokens_wide, pointers, pointers_wide, level, bits, counts, ends, row, cursor, run_end
-                )
-            _copy(low[q, r], cursor)
-            while True:
-                if segments == 1:
-                    # nearly all children end here: the loop that the search's time is spent in
-                    at = cursor[0]
-                    while at < ends[0] and not base + (row[_token(tokens[0], tokens_wide, at)] - norm) > threshold:
-                        at += 1
-                    cursor[0] = at
-                token = _join(tokens, tokens_wide, cursor, ends, last, vocabulary, run_end)
-                if token == vocabulary:
-                    break
-                log_prob = min(np.float64(row[token]) - norm, 0.0)  # rounding can lift an only child above zero
-                total = base + log_prob
-                if total > threshold and _any_allowed(
-                    pointers, pointers_wide, level, bits, counts, cursor, run_end
-                ):  # fmt: skip
-                    slot = size if size < beam else heap[0]
-                    slot_score[slot] = total
-                    slot_order[slot] = np.int64(r) * vocabulary + token
-                    slot_log_prob[slot] = log_prob
-                    _copy(cursor, slot_low[slot])
-                    _copy(run_end, slot_high[slot])
-                    if size < beam:
-                        heap[size] = slot
-                        _sift_up(heap, size, slot_score, slot_order)
-                        size += 1
-                    else:
-                        _sift_down(heap, size, slot_score, slot_order)
-                    if size == beam:
-                        threshold = slot_score[heap[0]]
-                _copy(run_end, cursor)
-        next_rows[q] = size
-        for at in range(size - 1, -1, -1):  # taking the worst each time leaves them best first
-            slot = heap[0]
-            heap[0] = heap[at]
-            _sift_down(heap, at, slot_score, slot_order)
-            next_parent[q, at] = slot_order[slot] // vocabulary
-            next_token[q, at] = slot_order[slot] % vocabulary
-            next_score[q, at] = slot_score[slot]
-            next_log_prob[q, at] = slot_log_prob[slot]
-            for s in range(segments):
-                begin = slot_low[slot, s]
-                end = slot_high[slot, s]
-                if not last:
-                    begin = _child(pointers[s, level], pointers_wide[s], begin)
-                    end = _child(pointers[s, level], pointers_wide[s], end)
-                next_low[q, at, s] = begin
-                next_high[q, at, s] = end
+        mask = q if words.shape[0] > 1 else 0
+        next_rows[q] = _expand_query(
+            tokens, tokens_wide, pointers, pointers_wide, level, words[mask], before[mask],
+            low[q], high[q], score[q], rows[q], log_probs[q], renormalise,
+            slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+            next_parent[q], next_token[q], next_low[q], next_high[q], next_score[q], next_log_prob[q],
+        )  # fmt: skip
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def draft(
+    tokens, tokens_wide, pointers, pointers_wide, roots, words, before, log_probs, offsets,
+    codes, low, high, score, live,
+):  # fmt: skip
+    """All levels at once, where a token's log-probability does not depend on the tokens before it.
+
+    Args (as in :func:`expand`, and):
+        tokens: (L, S) uint64; tokens_wide: (L,) bool.
+        roots: (S,) int64, nodes of the first level.
+        log_probs: (n, sum of V) of all levels' tokens side by side; offsets: (L + 1,) where each level begins.
+        codes: (n, C, L) uint16, low, high: (n, C, S) intervals of items, score: (n, C), live: (n,): the results.
+    """
+    queries, keep, levels = codes.shape
+    segments = tokens.shape[1]
+    room = 3 * keep + 64
+    slot_score, scratch = np.empty(room), np.empty(room)
+    slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
+    row_low, row_high = np.empty((keep, segments), np.int64), np.empty((keep, segments), np.int64)
+    row_score, log_prob = np.empty(keep), np.empty(keep)
+    parent, token = np.empty((levels, keep), np.int64), np.empty((levels, keep), np.int64)
+    for q in range(queries):
+        mask = q if words.shape[0] > 1 else 0
+        rows = 1
+        row_score[0] = 0.0
+        for s in range(segments):
+            row_low[0, s] = 0
+            row_high[0, s] = roots[s]
+        for level in range(levels):
+            own = log_probs[q, offsets[level] : offsets[level + 1]].reshape(1, -1)
+            rows = _expand_query(
+                tokens[level], tokens_wide[level], pointers, pointers_wide, level, words[mask], before[mask],
+                row_low, row_high, row_score, rows, own, False,
+                slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+                parent[level], token[level], low[q], high[q], score[q], log_prob,
+            )  # fmt: skip
+            for r in range(rows):
+                row_score[r] = score[q, r]
+                for s in range(segments):
+                    row_low[r, s] = low[q, r, s]
+                    row_high[r, s] = high[q, r, s]
+        live[q] = rows
+        for r in range(rows):
+            at = r
+            for level in range(levels - 1, -1, -1):
+                codes[q, r, level] = token[level, at]
+                at = parent[level, at]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -73,7 +73,7 @@ class Walk:
                 remedy="All segments of a snapshot must come from one quantizer: publish again.",
             )
         self._tokens = np.array([_addresses(level) for level in zip(*(s.tokens for s in self.segments))])
-        self._tokens_wide = [t.dtype == np.uint16 for t in self.segments[0].tokens]
+        self._tokens_wide = np.array([t.dtype == np.uint16 for t in self.segments[0].tokens])
         levels = len(self.vocab_sizes)
         self._pointers = np.array([_addresses(s.first_child) for s in self.segments], np.uint64)
         self._pointers = self._pointers.reshape(len(self.segments), levels - 1)
@@ -116,11 +116,7 @@ class Walk:
         """
         level, queries = rows.level, len(rows.live)
         if log_probs.shape[0] != queries or log_probs.shape[2] != self.vocab_sizes[level]:
-            raise StoreError(
-                f"the model gives log-probabilities {log_probs.shape} at level {level}, the index has "
-                f"{self.vocab_sizes[level]} tokens there",
-                remedy="Snapshot and generator must belong together: publish again.",
-            )
+            raise _foreign_model(log_probs.shape, self.vocab_sizes)
         if log_probs.shape[1] not in (1, *range(rows.width, rows.low.shape[1] + 1)):
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
         shape = (queries, beam)
@@ -143,6 +139,30 @@ class Walk:
             codes=np.concatenate([rows.codes[query, parent], token[..., None].astype(np.uint16)], axis=2),
             level_log_prob=np.concatenate([rows.level_log_prob[query, parent], log_prob[..., None]], axis=2),
         )
+
+    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses) -> Rows:
+        """Complete rows by tokens that do not depend on each other: :meth:`expand` over all levels in one call.
+
+        Args:
+            log_probs: for each level (n, V_level) float32 or float64, none above zero.
+            keep: rows kept at each level.
+        """
+        sizes = [table.shape[1] for table in log_probs]
+        if tuple(sizes) != self.vocab_sizes:
+            raise _foreign_model(sizes, self.vocab_sizes)
+        queries = len(log_probs[0])
+        joined = np.concatenate(log_probs, axis=1)
+        offsets = np.cumsum([0, *sizes])
+        codes = np.zeros((queries, keep, self.levels), np.uint16)
+        low, high = np.zeros((2, queries, keep, len(self.segments)), np.int64)
+        score = np.zeros((queries, keep))
+        live = np.empty(queries, np.int64)
+        kernels.draft(
+            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots, masks.words, masks.before,
+            joined, offsets, codes, low, high, score, live,
+        )  # fmt: skip
+        chosen = joined[np.arange(queries)[:, None, None], codes + offsets[:-1]].astype(np.float64)
+        return Rows(live, low, high, score, np.zeros((queries, keep), np.int64), codes, chosen)
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
@@ -205,6 +225,13 @@ class MaskAddresses:
     words: np.ndarray
     before: np.ndarray
     held: tuple[ItemMask | None, ...]
+
+
+def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:
+    return StoreError(
+        f"the model gives log-probabilities {tuple(found)}, the index has the vocabularies {vocab_sizes}",
+        remedy="Snapshot and generator must belong together: publish again.",
+    )
 
 
 def _addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
