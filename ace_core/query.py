@@ -20,7 +20,7 @@ class QueryBatch:
     """A batch of n queries, from text or *virtual* (an item's own embedding in place of a text).
 
     Attributes:
-        vector: (n, D) float32, the query in the shared space, L2-normalised.
+        vector: (n, D) float32, the query in the shared space (:mod:`ace_core.space`).
         hidden: (n, S, T, E) float, token features of S text-encoder layers (lowest first); None for virtual queries.
         mask: (n, T) bool, True at real tokens; None for virtual queries.
     """
@@ -52,7 +52,7 @@ class SearchRequest:
 
     Attributes:
         text: what to look for; or
-        vector: (D,) float32 unit vector in the shared space (search by example).
+        vector: (D,) float32 query vector in the shared space (search by example).
         k: results wanted. None takes the setting, as do ``mode`` and ``beam``.
         modalities: search these only; empty for all.
         filters: attribute filters, see :data:`ace_core.attributes.FilterValue`.
@@ -74,7 +74,7 @@ class Hit:
     Attributes:
         score: calibrated probability that this is the item looked for.
         log_prob: log-probability of its identifier under the generator.
-        similarity: of the query vector and the item's vector rebuilt from its codes (or stored).
+        similarity: of the refined query and the item's vector, rebuilt from its codes (or stored).
         level_probs: probability of each token given the ones before it, coarse to fine: the beam's path.
     """
 

@@ -29,15 +29,16 @@ from ace_core.items import MODALITIES, Modality
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
 from ace_core.ranking import Ranker
-from ace_core.scoring import item_vectors, similarity_and_prior
+from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
+from ace_core.space import unit_query
 from ace_core.walk import Walk
 
 RANKING_NAME = "ranking.json"
 _MASK_CACHE = 64
 
-GENERATOR_ONLY = Ranker(generator=1.0, similarity=0.0, prior=0.0)
+GENERATOR_ONLY = Ranker(generator=1.0, similarity=0.0)
 """`search.rerank: false`: the generator's own order."""
 
 
@@ -179,7 +180,7 @@ class Retriever:
         return QueryBatch(vector, features.hidden, features.mask).to(self.device)
 
     def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
-        """A file's bytes as a (D,) float32 unit vector, to search by example with.
+        """A file's bytes as a (D,) float32 query vector, to search by example.
 
         Raises:
             MediaError: it cannot be decoded.
@@ -188,16 +189,15 @@ class Retriever:
         encoder = self._media_encoder(modality)
         raw = encoder.encode([encoder.decode(data)])
         with torch.inference_mode():
-            return self._aligner.item(modality, torch.from_numpy(raw).to(self.device))[0].cpu().numpy()
+            return _as_query(self._aligner.item(modality, torch.from_numpy(raw).to(self.device)))
 
     def item_vector(self, item_id: str) -> np.ndarray | None:
-        """An indexed item as a (D,) float32 unit vector, to find more like it; None if there is no such item."""
+        """An indexed item as a (D,) float32 query vector, to find more like it; None if there is no such item."""
         found = self.snapshot.find(item_id)
         if found is None:
             return None
-        gallery, row = self._galleries[found[0]], found[1]
-        stored = None if gallery.vectors is None else gallery.vectors[row : row + 1]
-        return item_vectors(self._quantizer, gallery.codes[row : row + 1], stored)[0]
+        gallery, row = self._galleries[found[0]], np.array([found[1]])
+        return _as_query(torch.from_numpy(gallery.vectors(row, self._quantizer)))
 
     def item(self, item_id: str) -> StoredItem | None:
         """What the snapshot holds of an item, or None."""
@@ -282,19 +282,19 @@ class Retriever:
             return [[] for _ in kept]
         with torch.inference_mode():
             queries = self._generator.refine(batch).float().cpu().numpy()
-        similarity, prior = similarity_and_prior(queries, candidates, self._galleries, self._quantizer)
+        similar = similarity(queries, candidates, self._galleries, self._quantizer)
         ranker = self._ranker if self.settings.rerank else GENERATOR_ONLY
-        score = ranker.score(candidates.log_prob, similarity, prior, candidates.valid)
-        probability = ranker.probability(score, similarity, prior)
+        score = ranker.score(candidates.log_prob, similar, candidates.valid)
+        probability = ranker.probability(score, similar)
         order = np.argsort(-score, axis=1, kind="stable")
         answers = []
         for number, limit in enumerate(kept):
             best = [c for c in order[number, :limit] if candidates.valid[number, c]]
-            answers.append([self._hit(candidates, number, c, probability, similarity) for c in best])
+            answers.append([self._hit(candidates, number, c, probability, similar) for c in best])
         return answers
 
     def _hit(
-        self, candidates: Candidates, query: int, column: int, probability: np.ndarray, similarity: np.ndarray
+        self, candidates: Candidates, query: int, column: int, probability: np.ndarray, similar: np.ndarray
     ) -> Hit:
         at = query, column
         item = self.snapshot.segments[candidates.segment[at]].item(int(candidates.row[at]))
@@ -308,7 +308,7 @@ class Retriever:
             attributes=item.attributes,
             identifier=item.identifier,
             log_prob=float(candidates.log_prob[at]),
-            similarity=float(similarity[at]),
+            similarity=float(similar[at]),
             level_probs=tuple(float(p) for p in np.exp(candidates.level_log_prob[at])),
             start_seconds=item.start_seconds,
             end_seconds=item.end_seconds,
@@ -321,6 +321,11 @@ def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tupl
         return tuple(Modality(name) for name in names)
     except ValueError:
         raise QueryError(f"unknown modality in {names}", remedy=f"Choose from {', '.join(MODALITIES)}.") from None
+
+
+def _as_query(item: torch.Tensor) -> np.ndarray:
+    """An item's vector (1, D) as a virtual query (D,)."""
+    return unit_query(item.float().cpu())[0].numpy()
 
 
 def _same_encoder(what: str, found: str, wanted: str, snapshot: Snapshot) -> None:

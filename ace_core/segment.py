@@ -6,8 +6,7 @@ merges. Its folder holds
 - ``identifiers.safetensors``: ``codes`` uint16 (items, levels), sorted lexicographically
 - ``constraint.safetensors``: the constraint index over them
 - ``items.arrow``: what is known of each item, in the same order, memory-mapped
-- ``ranking.safetensors``: ``priors`` float16 (items,), how much each item attracts queries, and (optional)
-  ``vectors`` int8 (items, D), stored item vectors up to their length
+- ``vectors.safetensors`` (optional): ``vectors`` int8 (items, D) and ``scales`` float32 (items,)
 - ``manifest.json``
 """
 
@@ -29,7 +28,7 @@ from ace_core.errors import StoreError
 from ace_core.identifiers import sort_order
 from ace_core.items import AttributeValue, Modality
 from ace_core.manifest import Manifest, hash_folder, read_manifest, verify_files, write_manifest
-from ace_core.scoring import Gallery
+from ace_core.scoring import Gallery, StoredVectors
 
 ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
@@ -53,11 +52,6 @@ class StoredItem:
     identifier: tuple[int, ...]
 
 
-def quantise_vectors(x: np.ndarray) -> np.ndarray:
-    """(n, D) float to (n, D) int8, each row scaled to its own largest value; only directions matter in ranking."""
-    return np.rint(x * (127 / np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-12))).astype(np.int8)
-
-
 def write_segment(
     folder: Path,
     *,
@@ -67,7 +61,6 @@ def write_segment(
     items: pa.Table,
     corpus_root: str,
     inputs: dict[str, str],
-    priors: np.ndarray | None = None,
     vectors: np.ndarray | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> Manifest:
@@ -80,7 +73,6 @@ def write_segment(
         items: n rows, columns of :data:`ITEM_COLUMNS` and ``attributes`` (JSON text).
         corpus_root: absolute folder (or URI) that relative ``uri`` values belong to.
         inputs: ids of the features, aligner, quantizer and generator this was made from.
-        priors: (n,) float, see :func:`ace_core.ranking.item_prior`; None for none.
         vectors: (n, D) aligned embeddings, to be stored as 8-bit vectors; None stores none.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +80,9 @@ def write_segment(
     codes = np.ascontiguousarray(codes[order], dtype=np.uint16)
     save_arrays(folder / "identifiers.safetensors", {"codes": codes})
     ConstraintIndex.build(codes, vocab_sizes).save(folder / "constraint.safetensors")
-    ranking = {} if priors is None else {"priors": priors[order].astype(np.float16)}
     if vectors is not None:
-        ranking["vectors"] = quantise_vectors(vectors[order])
-    save_arrays(folder / "ranking.safetensors", ranking)
+        stored = StoredVectors.of(vectors[order])
+        save_arrays(folder / "vectors.safetensors", {"vectors": stored.vectors, "scales": stored.scales})
     rows = items.take(pa.array(order))
     attributes = typed_attributes(rows.column("attributes").to_pylist())
     table = rows.select(ITEM_COLUMNS).append_column("attributes", attributes).combine_chunks()
@@ -121,12 +112,13 @@ class Segment:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder, expect="segment")
         verify_files(folder, self.manifest, hashes=verify)
-        ranking = map_arrays(folder / "ranking.safetensors")
+        vectors: dict[str, np.ndarray] | None = None
+        if "vectors.safetensors" in self.manifest.files:
+            vectors = map_arrays(folder / "vectors.safetensors")
         self.gallery = Gallery(
             index=ConstraintIndex.load(folder / "constraint.safetensors"),
             codes=map_arrays(folder / "identifiers.safetensors")["codes"],
-            vectors=ranking.get("vectors"),
-            priors=ranking.get("priors"),
+            stored=None if vectors is None else StoredVectors(vectors["vectors"], vectors["scales"]),
         )
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / "items.arrow"))).read_all()
         self.corpus_root: str = self.manifest.settings["corpus_root"]

@@ -52,9 +52,12 @@ class Attention(nn.Module):
 
         Args:
             mask: (n, 1, 1, t) bool, True where attention may look; None for everywhere.
-            causal: position i looks at 0..i only (p = t).
+            causal: the p positions are the memory's last ones, and look at themselves and what is before them.
         """
         dropout = self.dropout if self.training else 0.0
+        p, t = y.shape[1], memory.keys.shape[2]
+        if causal and p != t:
+            mask, causal = torch.ones(p, t, dtype=torch.bool, device=y.device).tril(t - p), False
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(y)), memory.keys, memory.values, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )

@@ -92,7 +92,7 @@ class _Layer(nn.Module):
         y = y + self.drop(self.own(self.own_norm(y), past, causal=y.shape[1] > 1))
         read = self.read_norm(y)
         if beams > 1:
-            read = read.reshape(-1, beams, read.shape[-1])
+            read = read.reshape(len(read) // beams, -1, read.shape[-1])
         y = y + self.drop(self.fusion(read, memory, mask).reshape(y.shape))
         return y + self.drop(self.feed(self.feed_norm(y)))
 
@@ -280,7 +280,37 @@ class Generator(nn.Module):
             Log-probabilities (n, B, V_level) over all of the level's tokens, and the next state.
         """
         n, beams = tokens.shape
-        y = self._inputs(tokens.reshape(-1, 1), level - 1)
+        y, kept = self._decode(state, tokens[..., None], parents, level)
+        logits = self._level_logits(self._steered(state.vector[:, None], y.view(n, beams, -1), level), level)
+        return F.log_softmax(logits, -1), replace(state, past=kept)
+
+    def score(
+        self, state: DecoderState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int
+    ) -> torch.Tensor:
+        """Log-probabilities of given tokens, several levels in one pass.
+
+        Args:
+            tokens: (n, R, m + 1) int64 at levels ``level - 1 .. level + m - 1``; the first is read, the others scored.
+            parents: (n, R) int64, the previous beam row that each row continues, as in :meth:`step`.
+
+        Returns:
+            (n, R, m), what :meth:`step` would have said of each token. ``state`` is left as it was.
+        """
+        n, rows, given = tokens.shape
+        y, _ = self._decode(state, tokens[..., :-1], parents, level)
+        y = y.view(n, rows, given - 1, -1)
+        scored = []
+        for i in range(given - 1):
+            logits = self._level_logits(self._steered(state.vector[:, None], y[:, :, i], level + i), level + i)
+            scored.append(F.log_softmax(logits, -1).gather(2, tokens[..., i + 1 : i + 2]))
+        return torch.cat(scored, 2)
+
+    def _decode(
+        self, state: DecoderState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """Decoder states (n * B, m, width) of tokens (n, B, m) at ``level - 1`` and on, and every layer's cache."""
+        n, beams, length = tokens.shape
+        y = self._inputs(tokens.reshape(-1, length), level - 1)
         past = state.past
         if past and parents is not None:
             before = past[0].keys.shape[0] // n
@@ -292,9 +322,7 @@ class Generator(nn.Module):
             own = past[i].append(own) if past else own
             kept.append(own)
             y = layer(y, own, state.memory[i], state.mask, beams)
-        y = self._final_norm(y).view(n, beams, -1)
-        logits = self._level_logits(self._steered(state.vector[:, None], y, level), level)
-        return F.log_softmax(logits, -1), replace(state, past=tuple(kept))
+        return self._final_norm(y), tuple(kept)
 
     # -- files ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,228 @@
+"""The read path against plain loops over all items, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ace_core.config import SearchSettings
+from ace_core.errors import QueryError, StoreError
+from ace_core.query import Hit, SearchRequest
+from ace_core.retriever import Retriever
+from tests.tiny_store import TinyStore, vectors_of
+
+TEXTS = ["a red fruit", "a dog barks", "slow piano", "something that moves to the left, quite fast, and then stops"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
+    torch.set_num_threads(1)
+    store = TinyStore(tmp_path_factory.mktemp("store"))
+    store.segment("whole", 0, 300)
+    store.segment("main", 0, 240)
+    store.segment("delta", 240, 60)
+    store.segment("stored", 0, 300, stored=True)
+    store.publish("split", ["main", "delta"])
+    store.publish("int8", ["stored"])
+    store.publish("one", ["whole"])
+    return store
+
+
+def _open(tiny: TinyStore, snapshot_id: str = "one", **settings) -> Retriever:
+    return Retriever.open(
+        tiny.path, snapshot_id, settings=SearchSettings(**{"k": 10, "beam": 300, **settings}), text_encoder=tiny.text
+    )
+
+
+def _oracle(tiny: TinyStore, text: str, numbers: np.ndarray, mode: str) -> dict[str, float]:
+    """log p(identifier) + 5 * similarity of every item, as the untrained generator must score it."""
+    query = tiny.aligner.text_vectors(tiny.text.encode([text]).pooled.numpy())[0]
+    codes = tiny.quantizer.assign(vectors_of(tiny.aligner, 0, 300), np.arange(300) % 3)
+    scales = tiny.generator.log_scales.detach().exp().numpy()
+    if mode == "one-shot":
+        scales = [scales[0]] + [float(tiny.generator.item_scale.detach())] * (tiny.quantizer.levels - 1)
+    total = np.zeros(300)
+    for level in range(tiny.quantizer.levels):
+        logits = scales[level] * (tiny.quantizer.codewords(level) @ query)
+        total += (logits - np.logaddexp.reduce(logits))[codes[:, level]]
+    total += 5.0 * tiny.quantizer.reconstruct(codes) @ query
+    return {f"item-{n:04d}": float(total[n]) for n in numbers}
+
+
+def _score(hit: Hit) -> float:
+    return hit.log_prob + 5.0 * hit.similarity
+
+
+def _check(tiny: TinyStore, text: str, hits: list[Hit], numbers: np.ndarray, mode: str = "beam") -> None:
+    expected = _oracle(tiny, text, numbers, mode)
+    assert len(hits) == min(10, len(numbers))
+    best = sorted(expected.values(), reverse=True)[: len(hits)]
+    np.testing.assert_allclose([_score(h) for h in hits], best, atol=2e-3)
+    for hit in hits:
+        assert _score(hit) == pytest.approx(expected[hit.item_id], abs=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["beam", "one-shot", "verify"])
+def test_wide_search_equals_a_loop_over_all_items(tiny: TinyStore, mode: str) -> None:
+    retriever = _open(tiny, mode=mode, draft=300)
+    for text, hits in zip(TEXTS, retriever.search(TEXTS)):
+        _check(tiny, text, hits, np.arange(300), mode)
+        assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+
+
+def test_two_segments_answer_as_one(tiny: TinyStore) -> None:
+    one, split = _open(tiny, "one"), _open(tiny, "split")
+    for a, b in zip(one.search(TEXTS, beam=20), split.search(TEXTS, beam=20)):
+        np.testing.assert_allclose([_score(h) for h in a], [_score(h) for h in b], atol=1e-4)
+        assert {h.item_id for h in a} == {h.item_id for h in b}
+
+
+def test_a_batch_of_different_requests_equals_each_alone(tiny: TinyStore) -> None:
+    retriever = _open(tiny)
+    vector = retriever.item_vector("item-0007")
+    requests = [
+        SearchRequest(text=TEXTS[0]),
+        SearchRequest(vector=vector, k=3),
+        SearchRequest(text=TEXTS[3], filters={"parity": "odd"}),
+        SearchRequest(text=TEXTS[1], mode="one-shot", k=4),
+        SearchRequest(text=TEXTS[2], modalities=(TinyModality := retriever.item("item-0001").modality,)),
+    ]
+    together = retriever.search_batch(requests)
+    for request, hits in zip(requests, together):
+        alone = retriever.search_batch([request])[0]
+        assert [h.item_id for h in hits] == [h.item_id for h in alone]
+        np.testing.assert_allclose([_score(h) for h in hits], [_score(h) for h in alone], atol=1e-3)
+    assert [len(hits) for hits in together] == [10, 3, 10, 4, 10]
+    assert {h.modality for h in together[4]} == {TinyModality}
+
+
+def test_an_item_finds_itself(tiny: TinyStore) -> None:
+    retriever = _open(tiny, "int8")
+    for item_id in ("item-0000", "item-0001", "item-0299"):
+        vector = retriever.item_vector(item_id)
+        assert vector is not None and np.linalg.norm(vector[:-1]) == pytest.approx(1, abs=1e-3)
+        hit = max(retriever.search_batch([SearchRequest(vector=vector, k=300)])[0], key=lambda h: h.similarity)
+        assert hit.item_id == item_id and hit.similarity == pytest.approx(1, abs=3e-3)
+    assert retriever.item_vector("nobody") is None
+
+
+def test_filters_and_modalities_are_exact(tiny: TinyStore) -> None:
+    retriever = _open(tiny, beam=10)
+    numbers = np.arange(300)
+    wide = _open(tiny)
+    _check(tiny, TEXTS[0], wide.search(TEXTS[:1], filters={"parity": "odd"})[0], numbers[numbers % 2 == 1])
+    _check(tiny, TEXTS[0], wide.search(TEXTS[:1], modality="audio")[0], numbers[numbers % 3 == 1])
+    only = retriever.search(TEXTS[:1], filters={"number": 123})[0]
+    assert [h.item_id for h in only] == ["item-0123"]
+    assert retriever.search(TEXTS[:1], filters={"number": 123}, modality="audio")[0] == []
+    assert retriever.search(TEXTS[:1], filters={"nothing": "here"}) == [[]]
+
+
+def test_removed_items_are_gone(tiny: TinyStore) -> None:
+    retriever = _open(tiny)
+    best = retriever.search(TEXTS[:1])[0][0].item_id
+    row = retriever.snapshot.find(best)[1]
+    tiny.publish("removed", ["whole"], {"whole": np.array([row])})
+    after = _open(tiny, "removed")
+    assert after.item(best) is None and after.item_vector(best) is None
+    found = after.search(TEXTS[:1], k=300)[0]
+    assert len(found) == 299 and best not in {h.item_id for h in found}
+    tiny.publish("empty", ["whole"], {"whole": np.arange(300)})
+    assert _open(tiny, "empty").search(TEXTS) == [[], [], [], []]
+    tiny.publish("one", ["whole"])
+
+
+def test_a_replaced_item_is_found_in_its_newest_segment(tiny: TinyStore) -> None:
+    tiny.segment("again", 239, 1)
+    main = _open(tiny, "split")
+    old = main.snapshot.segments[0].row_of("item-0239")
+    tiny.publish("replaced", ["main", "again"], {"main": np.array([old])})
+    assert _open(tiny, "replaced").snapshot.find("item-0239") == (1, 0)
+    tiny.publish("one", ["whole"])
+
+
+def test_rerank_off_is_the_generators_own_order(tiny: TinyStore) -> None:
+    for alone, mixed in zip(_open(tiny, rerank=False, k=100).search(TEXTS), _open(tiny, k=100).search(TEXTS)):
+        assert [h.log_prob for h in alone] == sorted((h.log_prob for h in alone), reverse=True)
+        assert [_score(h) for h in mixed] == sorted((_score(h) for h in mixed), reverse=True)
+        assert [h.item_id for h in alone] != [h.item_id for h in mixed]
+
+
+def test_cluster_and_facets(tiny: TinyStore) -> None:
+    retriever = _open(tiny)
+    identifier = retriever.item("item-0042").identifier
+    for length in range(1, len(identifier) + 1):
+        items, total = retriever.cluster(identifier[:length], limit=300)
+        assert len(items) == total and "item-0042" in {i.item_id for i in items}
+        assert all(i.identifier[:length] == identifier[:length] for i in items)
+    assert (
+        retriever.cluster(identifier[:1], limit=5)[1] == 100 and len(retriever.cluster(identifier[:1], limit=5)[0]) == 5
+    )
+    assert retriever.cluster([2, 7, 15, 15])[1] in range(5)
+    with pytest.raises(QueryError, match="identifiers have 4"):
+        retriever.cluster([0] * 5)
+    facets = {f.name: f for f in retriever.facets()}
+    assert dict(facets["parity"].values) == {"odd": 150, "even": 150} and facets["number"].values == ()
+
+
+def test_bad_queries(tiny: TinyStore) -> None:
+    retriever = _open(tiny)
+    assert retriever.search([]) == []
+    with pytest.raises(QueryError, match="empty"):
+        retriever.search(["  "])
+    with pytest.raises(QueryError, match="unknown modality"):
+        retriever.search(["x"], modality="smell")
+    with pytest.raises(QueryError, match="names no image encoder"):
+        retriever.encode_media(retriever.item("item-0000").modality, b"")
+
+
+def test_parts_that_do_not_belong_together_are_refused_by_name(tiny: TinyStore, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nothing has been published"):
+        Retriever.open(tmp_path)
+    store = tmp_path / "store"
+    shutil.copytree(tiny.path, store)
+    with pytest.raises(StoreError, match="no finished snapshot"):
+        Retriever.open(store, "nosuch")
+
+    codes = store / "segments" / "whole" / "identifiers.safetensors"
+    good = codes.read_bytes()
+    codes.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(StoreError, match="does not match its SHA-256"):
+        Retriever.open(store, "one")
+    codes.write_bytes(good)
+
+    manifest = store / "segments" / "whole" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"q1"', '"q2"'))
+    with pytest.raises(StoreError, match="segments/whole is not the one"):
+        Retriever.open(store, "one")
+    manifest.write_text(text)
+
+    snapshot = store / "snapshots" / "one" / "manifest.json"
+    text = snapshot.read_text()
+    snapshot.write_text(text.replace(tiny.text.identity, "someone-else"))
+    with pytest.raises(StoreError, match="made with text encoder someone-else"):
+        Retriever.open(store, "one", text_encoder=tiny.text)
+    snapshot.write_text(text)
+
+    shutil.rmtree(store / "quantizer")
+    with pytest.raises(StoreError, match="needs quantizer/q1"):
+        Retriever.open(store, "one")
+
+
+def test_a_segment_of_another_quantizer_is_refused_by_name(tiny: TinyStore) -> None:
+    tiny.inputs = {"aligner": "a1", "quantizer": "q9"}
+    try:
+        tiny.segment("foreign", 0, 30)
+    finally:
+        tiny.inputs = {"aligner": "a1", "quantizer": "q1"}
+    tiny.publish("foreign", ["foreign"])
+    with pytest.raises(
+        StoreError, match="segment foreign was made with quantizer q9, snapshot foreign has quantizer q1"
+    ):
+        Retriever.open(tiny.path, "foreign", text_encoder=tiny.text)
+    tiny.publish("one", ["whole"])
