@@ -115,7 +115,7 @@ class Segment:
         vectors: dict[str, np.ndarray] | None = None
         if "vectors.safetensors" in self.manifest.files:
             vectors = map_arrays(folder / "vectors.safetensors")
-        self.gallery = Gallery(
+        self.gallery: Gallery = Gallery(
             index=ConstraintIndex.load(folder / "constraint.safetensors"),
             codes=map_arrays(folder / "identifiers.safetensors")["codes"],
             stored=None if vectors is None else StoredVectors(vectors["vectors"], vectors["scales"]),
