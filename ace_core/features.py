@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,7 +189,7 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
 
     Items name their split in an attribute. Where no item of the corpus does, ``settings.fraction`` of the captioned
     items are held out, chosen by the hash of their id (so that a growing corpus keeps its split), every second one
-    for validation.
+    for validation. A caption that several items share is trained on, and is no query: no one item answers it.
 
     Args:
         items: n rows with columns ``item_id``, ``captions`` and ``attributes``.
@@ -199,16 +200,17 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
         names = _hashed_split(items.column("item_id").to_pylist(), captions, settings)
     held_out = np.array([name in settings.held_out for name in names], bool)
     validation = held_out & np.array([name == settings.validation for name in names], bool)
+    uses = Counter(text for texts in captions for text in set(texts))
     train: list[tuple[int, str]] = []
     seen: list[tuple[int, str]] = []
-    for row in np.flatnonzero(~held_out):
+    for row in np.flatnonzero(~held_out).tolist():
         texts = captions[row]
-        if settings.keep_one_caption and len(texts) > 1:
+        if settings.keep_one_caption and len(texts) > 1 and uses[texts[-1]] == 1:
             seen.append((row, texts[-1]))
             texts = [t for t in texts[:-1] if t != texts[-1]]
         train.extend((row, text) for text in texts)
-    test = [(row, text) for row in np.flatnonzero(held_out & ~validation) for text in captions[row]]
-    val = [(row, text) for row in np.flatnonzero(validation) for text in captions[row]]
+    test = [(row, t) for row in np.flatnonzero(held_out & ~validation).tolist() for t in captions[row] if uses[t] == 1]
+    val = [(row, t) for row in np.flatnonzero(validation).tolist() for t in captions[row] if uses[t] == 1]
     return Split(~held_out, held_out, _pairs(train), _pairs(seen), _pairs(test), _pairs(val))
 
 

@@ -1,14 +1,8 @@
-"""Learns how answers are ranked, on validation queries, by the very search that will be served.
-
-Half of the validation items' queries are the bank that tells how much an item attracts queries in general; the other
-half learns the weights, and the other way round, so that no query is corrected by itself. The whole bank is kept with
-the generator: publishing measures every item's prior with it.
-"""
+"""Learns how answers are ranked, on validation queries, by the very search that will be served."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,6 @@ import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
-from ace_core.arrays import map_arrays, save_arrays
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import Candidates, search_candidates
@@ -25,37 +18,15 @@ from ace_core.generator.model import Generator
 from ace_core.identifiers import sort_order
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
-from ace_core.ranking import Ranker, fit_ranker, item_prior
+from ace_core.ranking import Ranker, fit_ranker
 from ace_core.retriever import RANKING_NAME
-from ace_core.scoring import Gallery, item_vectors, similarity_and_prior
-from ace_core.segment import quantise_vectors
+from ace_core.scoring import Gallery, StoredVectors, similarity
 from ace_core.walk import Walk
 from pipelines.texts import CaptionFeatures
 
-BANK_NAME = "bank.safetensors"
 MAX_QUERIES = 2000
-MIN_QUERIES = 50  # fewer say nothing about how items attract queries
+MIN_QUERIES = 20  # fewer teach nothing: the default mix stands
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Refined vectors (m, D) of queries that were not trained on, and the inverse temperature of item priors."""
-
-    vectors: np.ndarray
-    scale: float
-
-    def prior(self, items: np.ndarray) -> np.ndarray | None:
-        """Priors (n,) of item vectors (n, D), or None when the bank is too small to tell."""
-        return item_prior(self.vectors, items, self.scale) if len(self.vectors) >= MIN_QUERIES // 2 else None
-
-    def save(self, folder: Path) -> None:
-        save_arrays(folder / BANK_NAME, {"vectors": self.vectors, "scale": np.array([self.scale], np.float32)})
-
-    @classmethod
-    def load(cls, folder: Path) -> Bank:
-        arrays = map_arrays(folder / BANK_NAME)
-        return cls(arrays["vectors"], float(arrays["scale"][0]))
 
 
 def caption_batches(
@@ -100,24 +71,20 @@ def learn_ranking(
     queries = queries.sample(MAX_QUERIES, seed)
     order = sort_order(codes, quantizer.vocab_sizes)
     codes = codes[order]
-    eight_bit = quantise_vectors(vectors[order]) if stored else None
+    eight_bit = StoredVectors.of(vectors[order]) if stored else None
     gallery = Gallery(ConstraintIndex.build(codes, quantizer.vocab_sizes), codes, eight_bit)
-    items = item_vectors(quantizer, codes, eight_bit)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     gold = place[queries.rows]
     refined, candidates = _search(generator, queries, captions, aligner, gallery, settings)
-    bank = Bank(refined, float(generator.item_scale))
-    bank.save(folder)
     if len(queries) < MIN_QUERIES:
         Ranker().save(folder / RANKING_NAME)
         return {"validation_queries": len(queries)}
-    similarity, _ = similarity_and_prior(refined, candidates, [gallery], quantizer)
-    prior = _cross_prior(bank, items, gold, candidates)
+    similar = similarity(refined, candidates, [gallery], quantizer)
     right = candidates.valid & (candidates.row == gold[:, None])
-    ranker = fit_ranker(candidates.log_prob, similarity, right, prior=prior, valid=candidates.valid)
+    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid)
     ranker.save(folder / RANKING_NAME)
-    score = ranker.score(candidates.log_prob, similarity, prior, candidates.valid)
+    score = ranker.score(candidates.log_prob, similar, candidates.valid)
     own = np.where(right, score, -np.inf).max(1)
     rank = np.where(right.any(1), (score > own[:, None]).sum(1), score.shape[1])
     return {
@@ -168,16 +135,3 @@ def _stack(found: list[Candidates]) -> Candidates:
         level_log_prob=join("level_log_prob", -np.inf),
         codes=join("codes", 0),
     )
-
-
-def _cross_prior(bank: Bank, items: np.ndarray, gold: np.ndarray, candidates: Candidates) -> np.ndarray | None:
-    """Priors (n, c) of candidates, each query's measured on the other half's queries."""
-    half = np.unique(gold, return_inverse=True)[1].reshape(-1) % 2
-    out = np.zeros(candidates.valid.shape, np.float32)
-    for one in (0, 1):
-        prior = Bank(bank.vectors[half != one], bank.scale).prior(items)
-        if prior is None:
-            return None
-        mine = half == one
-        out[mine] = prior[candidates.row[mine]]
-    return np.where(candidates.valid, out, 0.0).astype(np.float32)

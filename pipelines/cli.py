@@ -1,0 +1,258 @@
+"""The ``ace`` command. Everything heavy is imported when a command needs it, so that ``ace --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ace_core.errors import AceError, SettingsError
+
+if TYPE_CHECKING:
+    from ace_core.config import Settings
+    from ace_store import Store
+    from pipelines.progress import Reporter
+
+CONFIG_NAME = "ace.yaml"
+
+app = typer.Typer(
+    name="ace",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Search images, audio and video by describing them: a model reads the words and spells the item.
+
+To try it: [bold]ace demo[/bold]. With your own folder of media:
+
+    ace ingest --set corpus.path=FOLDER    media to features
+    ace fit all                            learn identifiers, and to spell them
+    ace publish                            make the corpus searchable
+    ace search "a red fruit"               ask
+    ace serve                              a search page and an HTTP API
+
+Every step says what it did, can be stopped at any moment, and goes on from
+there when run again.""",
+)
+fit_app = typer.Typer(no_args_is_help=True, help="Fit the models: aligner, quantizer, generator, or all of them.")
+app.add_typer(fit_app, name="fit")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help=f"YAML file of settings; {CONFIG_NAME} here, if there is one.", show_default=False
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated."),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder or s3:// prefix for everything ACE writes.", show_default="store"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _settings(config: Path | None, changes: list[str] | None, store: str | None) -> Settings:
+    from ace_core.config import load_settings
+
+    if config is None and Path(CONFIG_NAME).is_file():
+        config = Path(CONFIG_NAME)
+    overrides = tuple(changes or ()) + ((f"store={store}",) if store is not None else ())
+    return load_settings(config, overrides)
+
+
+def _context(config: Path | None, changes: list[str] | None, store: str | None) -> tuple[Settings, Store, Reporter]:
+    from ace_store import Store
+    from pipelines.progress import Reporter
+
+    settings = _settings(config, changes, store)
+    return settings, Store.open(settings.store), Reporter()
+
+
+@app.command()
+def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Turn the media of a folder into features.
+
+    Images, audio and video below [bold]corpus.path[/bold] are decoded and encoded. Captions come from
+    captions.jsonl, .csv or .parquet in the folder, or from a text file beside each item. Files that cannot be used
+    are counted by cause and kept in a table; they never stop the rest. Unchanged files are not encoded again.
+    """
+    from pipelines.ingest import ingest as stage
+
+    stage(*_context(config, changes, store))
+
+
+@fit_app.command("aligner")
+def fit_aligner(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Learn the space that captions and media share."""
+    from pipelines.fit_aligner import fit_aligner_stage
+
+    fit_aligner_stage(*_context(config, changes, store))
+
+
+@fit_app.command("quantizer")
+def fit_quantizer(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Learn the identifiers: one coarse token, then fine ones."""
+    from pipelines.fit_quantizer import fit_quantizer_stage
+
+    fit_quantizer_stage(*_context(config, changes, store))
+
+
+@fit_app.command("generator")
+def fit_generator(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Train the model that reads a query and spells identifiers."""
+    from pipelines.fit_generator import fit_generator_stage
+
+    fit_generator_stage(*_context(config, changes, store))
+
+
+@fit_app.command("all")
+def fit_all(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Fit the aligner, the quantizer and the generator, one after the other."""
+    from pipelines.fit_aligner import fit_aligner_stage
+    from pipelines.fit_generator import fit_generator_stage
+    from pipelines.fit_quantizer import fit_quantizer_stage
+
+    context = _context(config, changes, store)
+    fit_aligner_stage(*context)
+    fit_quantizer_stage(*context)
+    fit_generator_stage(*context)
+
+
+@app.command()
+def publish(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Make the ingested corpus searchable, as a new snapshot that replaces the current one atomically."""
+    from pipelines.publish import publish_stage
+
+    publish_stage(*_context(config, changes, store))
+
+
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(help="What to look for, in words.")],
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Results wanted.", show_default="search.k")] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", "-m", help="image, audio or video; may be repeated.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", metavar="NAME=VALUE", help="Only items with this attribute.")
+    ] = None,
+    json_output: JsonOption = False,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Ask the published corpus, and print what it finds. Starts no server and no Ray."""
+    from pipelines.search import print_hits, search_once
+
+    settings, opened, reporter = _context(config, changes, store)
+    hits = search_once(settings, opened, text, k=k, modalities=modality or [], where=where or [])
+    print_hits(text, hits, reporter, as_json=json_output)
+
+
+@app.command()
+def evaluate(
+    json_output: JsonOption = False, config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None
+) -> None:
+    """Measure recall on captions that were kept out of training, against exact search on the same features."""
+    import json
+
+    from pipelines.evaluate import as_table, evaluate_stage
+
+    settings, opened, reporter = _context(config, changes, store)
+    measured = evaluate_stage(settings, opened, reporter)
+    reporter.result(json.dumps(measured, indent=1) if json_output else as_table(measured))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="serve.host")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="serve.port")] = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Serve the published corpus: a search page and an HTTP API. Runs until Ctrl-C."""
+    from pipelines.cluster import ensure_ray
+    from serve.app import run
+
+    extra = [f"serve.{k}={v}" for k, v in (("host", host), ("port", port)) if v is not None]
+    settings, _, reporter = _context(config, [*(changes or []), *extra], store)
+    reporter.say("starting the server ...")
+    ensure_ray(settings.compute)
+    run(settings, blocking=True, on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo's corpus and store go.")] = Path("demo"),
+    pictures: Annotated[int, typer.Option(min=60, help="Pictures of the demo corpus.")] = 1500,
+    sounds: Annotated[int, typer.Option(min=20, help="Sounds of the demo corpus.")] = 400,
+    clips: Annotated[int, typer.Option(min=20, help="Video clips of the demo corpus.")] = 240,
+    port: Annotated[int, typer.Option(help="Port of the search page; 0 takes a free one.")] = 8000,
+    ci: Annotated[bool, typer.Option("--ci", help="Small corpus; query the server over HTTP and stop.")] = False,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="Stop after the evaluation.")] = False,
+    changes: SetOption = None,
+) -> None:
+    """Make a corpus of pictures, sounds and clips, do everything with it, and open a search page.
+
+    Needs no network and no data: only [bold]pip install 'ace-retrieval\\[demo]'[/bold]. Run it again and it goes on
+    where it stopped.
+    """
+    from pipelines.demo import DemoSize, run_demo
+
+    size = DemoSize.for_ci() if ci else DemoSize(pictures, sounds, clips)
+    run_demo(folder, size, changes or [], port=0 if ci else port, check=ci, serve=not no_serve)
+
+
+@app.command()
+def settings(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Print all settings as they would be used, as YAML to start a settings file from, each with what it does."""
+    from pipelines.describe import describe_settings
+
+    typer.echo(describe_settings(_settings(config, changes, store)), nl=False)
+
+
+def show_error(error: AceError) -> None:
+    """What was found, where, and the remedy, on stderr."""
+    lines = [f"error: {error.found}"]
+    if error.where:
+        lines.append(f"  where:  {error.where}")
+    if error.remedy:
+        lines.append(f"  remedy: {error.remedy}")
+    typer.echo("\n".join(lines), err=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors that have a remedy are printed without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code: Any = app(args=arguments, standalone_mode=False)
+        return int(code) if isinstance(code, int) else 0
+    except AceError as e:
+        show_error(e)
+        return e.exit_code
+    except typer.Abort:
+        pass
+    except KeyboardInterrupt:
+        pass
+    except Exception as e:
+        # Wrong options: typer's own errors say what is wrong and exit with 2.
+        if not hasattr(e, "format_message") or not hasattr(e, "exit_code"):
+            raise
+        show_error(
+            SettingsError(e.format_message(), remedy="`ace --help`, or `ace COMMAND --help`, shows what there is.")
+        )
+        return int(e.exit_code)
+    typer.echo("stopped; the same command goes on from here", err=True)
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""``ace evaluate``: the published search against the dual tower with exact search, on the same features.
+
+Asked are captions that were never trained on: those of held-out items ("unseen"), one of each trained item ("seen"),
+and those of items that came after the fits ("added"). The gallery is everything that is live, or everything of one
+modality; it is never narrowed to what would be easy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from rich.table import Table
+
+from ace_core.aligner import Aligner
+from ace_core.config import Settings
+from ace_core.encoders import TextFeatures
+from ace_core.errors import CorpusError
+from ace_core.evaluation import Retrieval, exact_ranks, ranks_in, summarise
+from ace_core.features import Features, Pairs
+from ace_core.items import MODALITIES, Modality
+from ace_core.manifest import fingerprint
+from ace_core.retriever import Retriever
+from ace_core.snapshot import SnapshotManifest
+from ace_store import Store
+from pipelines.corpus import Corpus, captions_part, load_captions, load_corpus
+from pipelines.progress import Reporter
+from pipelines.publish import live_ids
+from pipelines.shards import indexed_ids
+from pipelines.texts import CaptionFeatures
+
+DEPTH = 10
+BATCH = 32
+DUAL_TOWER = "dual tower, exact"
+Mode = Literal["beam", "one-shot", "verify"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured figure: which queries, in which gallery, by which method."""
+
+    queries: str
+    gallery: str
+    method: str
+    result: Retrieval
+
+
+class CachedTexts:
+    """Captions' features from a texts part, as the text encoder that made them."""
+
+    def __init__(self, captions: CaptionFeatures, identity: str) -> None:
+        self._captions = captions
+        self.identity = identity
+        self.dim = captions.pooled.shape[1]
+        self.layers, self.width = captions.hidden.shape[1], captions.hidden.shape[3]
+
+    def encode(self, texts: Sequence[str]) -> TextFeatures:
+        rows = self._captions.rows(texts)
+        mask = self._captions.mask[rows]
+        longest = max(1, int(mask.sum(1).max()))
+        hidden = self._captions.hidden[rows][:, :, :longest].astype(np.float32)
+        return TextFeatures(
+            torch.from_numpy(self._captions.pooled[rows]),
+            torch.from_numpy(hidden),
+            torch.from_numpy(mask[:, :longest].copy()),
+        )
+
+
+def evaluate_stage(settings: Settings, store: Store, reporter: Reporter) -> dict[str, Any]:
+    """Measure the current snapshot; returns (and keeps in ``evaluation/``) what was measured.
+
+    Raises:
+        StoreError: nothing is published.
+        CorpusError: no caption was kept out of training.
+    """
+    local = store.mirror()
+    snapshot = store.snapshot(store.current().snapshot or "")
+    corpus = load_corpus(store, snapshot.inputs["features"], settings)
+    kinds = query_kinds(store, snapshot, corpus, settings)
+    evaluation_id = fingerprint(
+        "evaluation", snapshot.id, settings.split.model_dump(), settings.evaluation.model_dump(),
+        settings.search.model_dump(), settings.compute.seed,
+    )  # fmt: skip
+    measured = store.read_json(f"evaluation/{evaluation_id}.json")
+    if measured is None:
+        texts = captions_part(corpus, settings, store, reporter)
+        encoder = CachedTexts(load_captions(store, texts.id), texts.metrics["encoder_identity"])
+        retriever = Retriever.open(local, snapshot.id, settings=settings.search, text_encoder=encoder)
+        aligner = Aligner.load(store.local_copy("aligner", snapshot.models["aligner"].id))
+        lines = measure(retriever, aligner, corpus, kinds, encoder, settings, reporter)
+        measured = {
+            "id": evaluation_id,
+            "snapshot": snapshot.id,
+            "lines": [
+                {
+                    **x.result.as_dict(),
+                    "queries_count": x.result.queries,
+                    "gallery_count": x.result.gallery,
+                    "queries": x.queries,
+                    "gallery": x.gallery,
+                    "method": x.method,
+                }
+                for x in lines
+            ],
+        }
+        store.write_json(f"evaluation/{evaluation_id}.json", measured)
+    reporter.say(f"written to {store.path('evaluation', evaluation_id + '.json')}")
+    return measured
+
+
+def query_kinds(store: Store, snapshot: SnapshotManifest, corpus: Corpus, settings: Settings) -> dict[str, Pairs]:
+    """Queries that no fit saw, by what their items are to the models; rows into the corpus.
+
+    Raises:
+        CorpusError: there are none.
+    """
+    split = corpus.split
+    kinds = {"unseen": split.unseen_queries, "seen": split.seen_queries}
+    generator = store.find("generator", snapshot.models["generator"].id)
+    fitted_on = None if generator is None else generator.inputs["features"]
+    if fitted_on not in (None, snapshot.inputs["features"]) and store.find("features", str(fitted_on)) is not None:
+        known = indexed_ids(store, str(fitted_on))
+        new = ~pc.is_in(corpus.features.items.column("item_id"), value_set=known).to_numpy()
+        captions = corpus.features.items.column("captions").to_pylist()
+        added = [(row, captions[row][-1]) for row in np.flatnonzero(new).tolist() if captions[row]]
+        kinds = {name: _only(pairs, ~new) for name, pairs in kinds.items()}
+        kinds["added"] = Pairs(np.array([r for r, _ in added], np.int64), [t for _, t in added])
+    limit, seed = settings.evaluation.max_queries, settings.compute.seed
+    kinds = {name: pairs.sample(limit, seed) for name, pairs in kinds.items() if len(pairs)}
+    if not kinds:
+        raise CorpusError(
+            "no caption was kept out of training, so there is nothing to ask",
+            where=f"split.{settings.split.attribute}",
+            remedy="Give items two captions or more, or a split attribute (train, val, test).",
+        )
+    return kinds
+
+
+def _only(pairs: Pairs, keep: np.ndarray) -> Pairs:
+    chosen = np.flatnonzero(keep[pairs.rows])
+    return Pairs(pairs.rows[chosen], [pairs.texts[i] for i in chosen])
+
+
+def measure(
+    retriever: Retriever,
+    aligner: Aligner,
+    corpus: Corpus,
+    kinds: dict[str, Pairs],
+    encoder: CachedTexts,
+    settings: Settings,
+    reporter: Reporter,
+) -> list[Line]:
+    """Every kind of query, in the gallery of everything and of each modality, by every method."""
+    features = corpus.features
+    rows_by_id = {item_id: row for row, item_id in enumerate(features.items.column("item_id").to_pylist())}
+    live = pc.is_in(features.items.column("item_id"), value_set=live_ids(retriever.snapshot)).to_numpy()
+    items = aligner.item_vectors(features.embeddings)
+    lines: list[Line] = []
+    present = [m for m in MODALITIES if m in features.embeddings]
+    galleries: list[Modality | None] = [None, *present] if len(present) > 1 else [None]
+    total = sum(len(p) for p in kinds.values()) * (len(MODES) + 1) * (2 if len(present) > 1 else 1)
+    with reporter.step("ask", total, "queries") as step:
+        for kind, pairs in kinds.items():
+            vectors = aligner.text_vectors(encoder.encode(pairs.texts).pooled.numpy())
+            for modality in galleries:
+                gallery = _gallery(features, live, modality)
+                asked = np.flatnonzero(np.isin(pairs.rows, gallery))
+                if not len(asked):
+                    continue
+                gold, texts = pairs.rows[asked], [pairs.texts[i] for i in asked]
+                ranks = {DUAL_TOWER: exact_ranks(vectors[asked], items, gold, gallery=gallery)}
+                step.advance(len(asked))
+                for mode in MODES:
+                    found = _found(retriever, texts, modality, mode, rows_by_id)
+                    ranks[mode] = ranks_in(found, gold)
+                    step.advance(len(asked))
+                for method, r in ranks.items():
+                    result = summarise(
+                        r, len(gallery), groups=gold, resamples=settings.evaluation.bootstrap,
+                        seed=settings.compute.seed,
+                    )  # fmt: skip
+                    lines.append(Line(kind, "all" if modality is None else modality.value, method, result))
+    return lines
+
+
+def _gallery(features: Features, live: np.ndarray, modality: Modality | None) -> np.ndarray:
+    rows = np.arange(len(features)) if modality is None else np.arange(len(features))[features.rows_of(modality)]
+    return rows[live[rows]]
+
+
+def _found(
+    retriever: Retriever, texts: list[str], modality: Modality | None, mode: Mode, rows_by_id: dict[str, int]
+) -> np.ndarray:
+    """Rows (n, DEPTH) of what the search answers, -1 where it ends."""
+    out = np.full((len(texts), DEPTH), -1, np.int64)
+    for start in range(0, len(texts), BATCH):
+        answers = retriever.search(texts[start : start + BATCH], k=DEPTH, modality=modality, mode=mode)
+        for number, hits in enumerate(answers, start=start):
+            out[number, : len(hits)] = [rows_by_id[hit.item_id] for hit in hits]
+    return out
+
+
+def as_table(measured: dict[str, Any]) -> Table:
+    """The figures for a terminal."""
+    table = Table(title=f"Recall in %, snapshot {measured['snapshot']}")
+    for name in ("queries", "gallery", "method"):
+        table.add_column(name)
+    for name in ("R@1", "R@5", "R@10", "MRR"):
+        table.add_column(name, justify="right")
+    last = None
+    for line in measured["lines"]:
+        group = (line["queries"], line["gallery"])
+        if last not in (None, group):
+            table.add_section()
+        table.add_row(
+            f"{line['queries']} ({line['queries_count']:,})" if group != last else "",
+            f"{line['gallery']} ({line['gallery_count']:,} items)" if group != last else "",
+            line["method"],
+            *(f"{100 * line[k]['value']:.1f}" for k in ("recall_1", "recall_5", "recall_10")),
+            f"{line['mrr_10']['value']:.3f}",
+        )
+        last = group
+    return table

@@ -1,0 +1,64 @@
+"""``ace search``: one query in this process, and its answer as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from ace_core.config import Settings
+from ace_core.errors import QueryError
+from ace_core.retriever import Hit, Retriever
+from ace_store import Store
+from pipelines.progress import Reporter
+
+
+def search_once(
+    settings: Settings, store: Store, text: str, *, k: int | None, modalities: list[str], where: list[str]
+) -> tuple[list[Hit], float]:
+    """The best items for a text, and the score below which they are no confident match.
+
+    Raises:
+        StoreError: nothing is published.
+        QueryError: an option makes no sense.
+    """
+    filters: dict[str, Any] = {}
+    for condition in where:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise QueryError(f"{condition!r} is not NAME=VALUE", where="--where")
+        filters[name.strip()] = yaml.safe_load(value)
+    # One query does not pay for hashing every file; `ace publish` and the server do.
+    retriever = Retriever.open(store.mirror(), settings=settings.search, verify=False)
+    hits = retriever.search([text], k=k, modality=modalities or None, filters=filters)[0]
+    return hits, retriever.threshold
+
+
+def print_hits(text: str, found: tuple[list[Hit], float], reporter: Reporter, *, as_json: bool) -> None:
+    """Print an answer to stdout."""
+    hits, threshold = found
+    if as_json:
+        rows = [asdict(hit) | {"confident": hit.score >= threshold} for hit in hits]
+        reporter.result(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    if not hits:
+        reporter.say("nothing in the corpus passes these filters")
+        return
+    table = Table(title=f'"{text}"')
+    for name, justify in (
+        ("score", "right"),
+        ("kind", "left"),
+        ("item", "left"),
+        ("caption", "left"),
+        ("file", "left"),
+    ):
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for hit in hits:
+        caption = hit.captions[0] if hit.captions else ""
+        table.add_row(f"{hit.score:.2f}", hit.modality.value, hit.item_id, caption, hit.uri)
+    reporter.result(table)
+    if hits[0].score < threshold:
+        reporter.say(f"no confident match: the best score is below {threshold:.2f}")
