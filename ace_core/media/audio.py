@@ -12,7 +12,7 @@ from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
 from ace_core.media.causes import Cause, check_bytes, check_seconds
-from ace_core.media.kinds import modality_of, sniff
+from ace_core.media.kinds import sniff, sniffed_modality
 from ace_core.media.structure import is_cut_short
 
 _BLOCK = 1 << 20  # frames read at a time: memory stays near the size of the result
@@ -102,9 +102,8 @@ def _read(file: soundfile.SoundFile, first: int, last: int):
 
 
 def _refused(data: bytes, error: Exception) -> MediaError:
-    kind = sniff(data)
-    if kind is None or modality_of(kind) is not Modality.AUDIO:
+    if sniffed_modality(data) is not Modality.AUDIO:
         return MediaError(Cause.NOT_AUDIO, "the bytes are of no sound format that is known")
     if len(data) < 64 or is_cut_short(data):
         return MediaError(Cause.TRUNCATED, "the file ends before its header says")
-    return MediaError(Cause.CORRUPT, f"the {kind[1:]} header cannot be read: {getattr(error, 'error_string', error)}")
+    return MediaError(Cause.CORRUPT, f"the header cannot be read: {getattr(error, 'error_string', error)}")

@@ -15,7 +15,7 @@ from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
 from ace_core.media.causes import Cause, check_pixels, check_seconds
-from ace_core.media.kinds import modality_of, sniff
+from ace_core.media.kinds import sniffed_modality
 from ace_core.media.structure import is_cut_short
 
 # FFmpeg fails in its own errors, and PyAV's argument checks in these, on damaged streams.
@@ -42,13 +42,11 @@ def open_container(data: bytes, missing: Cause) -> av.container.InputContainer:
     try:
         return av.open(io.BytesIO(data), "r", metadata_errors="ignore")
     except DAMAGE as e:
-        kind = sniff(data)
-        known = kind is not None and modality_of(kind) is not Modality.IMAGE
-        if not known:
+        if sniffed_modality(data) in (None, Modality.IMAGE):
             raise MediaError(missing, "the bytes are of no container that FFmpeg knows") from None
         cut = len(data) < 64 or is_cut_short(data)
         raise MediaError(
-            Cause.TRUNCATED if cut else Cause.CORRUPT, f"the {kind[1:] if kind else ''} cannot be opened: {_reason(e)}"
+            Cause.TRUNCATED if cut else Cause.CORRUPT, f"the container cannot be opened: {_reason(e)}"
         ) from None
 
 

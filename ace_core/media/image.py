@@ -14,13 +14,16 @@ from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
 from ace_core.media.causes import Cause, check_bytes, check_pixels
-from ace_core.media.kinds import modality_of, sniff
+from ace_core.media.kinds import sniffed_modality
 from ace_core.media.structure import is_cut_short
 
 # Pillow's own bomb check is a module global and stricter than a limit that a user may have raised.
 _OPENING = threading.Lock()
 # Damaged files make Pillow's parsers fail in all of these ways.
 _DAMAGE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError, KeyError, EOFError, TypeError)
+
+# How its messages speak of a file that ends too early.
+_CUT_WORDS = ("truncated", "end of file", "not enough")
 
 
 def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None) -> np.ndarray:
@@ -42,13 +45,11 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
     try:
         picture = _open(data)
     except UnidentifiedImageError:
-        kind = sniff(data)
-        if kind is not None and modality_of(kind) is Modality.IMAGE:
-            cause = Cause.TRUNCATED if len(data) < 256 or is_cut_short(data) else Cause.CORRUPT
-            raise MediaError(cause, f"the {kind[1:]} header cannot be read") from None
+        if sniffed_modality(data) is Modality.IMAGE:
+            raise _damaged(data, "the header cannot be read") from None
         raise MediaError(Cause.NOT_AN_IMAGE, "the bytes are of no picture format that Pillow knows") from None
     except _DAMAGE as e:
-        raise MediaError(Cause.CORRUPT, f"the header cannot be read: {e}") from None
+        raise _damaged(data, f"the header cannot be read: {e}") from None
     check_pixels(*picture.size, limits)
     if 0 in picture.size:
         raise MediaError(Cause.CORRUPT, f"the header says {picture.width} x {picture.height} pixels")
@@ -58,10 +59,7 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
             picture.draft(None, (min_side, min_side))
         picture.load()
     except (*_DAMAGE, MemoryError) as e:
-        cut = is_cut_short(data) or any(word in str(e).lower() for word in ("truncated", "end of file", "not enough"))
-        raise MediaError(
-            Cause.TRUNCATED if cut else Cause.CORRUPT, f"the {picture.format} cannot be decoded: {e}"
-        ) from None
+        raise _damaged(data, f"the {picture.format} cannot be decoded: {e}") from None
     if min_side is not None and (factor := min(picture.size) // min_side) > 1 and picture.mode not in ("P", "PA"):
         picture = picture.reduce(factor)
     return np.asarray(_rgb(_upright(picture)))
@@ -72,6 +70,11 @@ def resized(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     if rgb.shape[:2] == (height, width):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _damaged(data: bytes, found: str) -> MediaError:
+    cut = len(data) < 64 or is_cut_short(data) or any(word in found.lower() for word in _CUT_WORDS)
+    return MediaError(Cause.TRUNCATED if cut else Cause.CORRUPT, found)
 
 
 def _open(data: bytes) -> Image.Image:

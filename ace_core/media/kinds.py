@@ -104,3 +104,9 @@ def sniff(data: bytes) -> str | None:
     if head[:2] == b"BM" and len(data) >= 26 and head[14:18] in (b"\x28\0\0\0", b"\x0c\0\0\0", b"\x7c\0\0\0"):
         return ".bmp"
     return None
+
+
+def sniffed_modality(data: bytes) -> Modality | None:
+    """The modality that a file's first bytes speak for, or None."""
+    suffix = sniff(data)
+    return None if suffix is None else _KINDS[suffix][0]
