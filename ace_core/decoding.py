@@ -16,11 +16,16 @@ import torch
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.query import QueryBatch
+from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import MaskAddresses, Masks, Rows, Walk
 
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
 and snapshots), or the allowed children of its row."""
+
+Segments = Sequence[ConstraintIndex] | Walk | TensorWalk
+"""Indexes to search as one; a :class:`Walk` saves preparing them for each call, a :class:`TensorWalk` searches on its
+device."""
 
 
 class SpellingModel(Protocol):
@@ -76,7 +81,7 @@ class Candidates:
 def beam_search(
     model: SpellingModel,
     query: QueryBatch,
-    segments: Sequence[ConstraintIndex] | Walk,
+    segments: Segments,
     masks: Masks | Sequence[Masks] | None = None,
     *,
     beam: int = 20,
@@ -91,7 +96,7 @@ def beam_search(
     Args:
         model: a generator of the segments' vocabularies.
         query: n queries.
-        segments: the indexes to search as one (a :class:`Walk` saves preparing them for each call).
+        segments: the indexes to search; see :data:`Segments`.
         masks: allowed items: one mask for each segment, or for each query such a list. A search whose masks leave
             nothing has no candidates.
         beam: identifiers kept at each level.
@@ -99,37 +104,26 @@ def beam_search(
         scoring: see :data:`Scoring`.
         finish: as soon as no query has more than this many items below its rows, all of them are scored in one pass
             of the model instead of level by level. What is found is at least as probable as without. 0 never does;
-            ``scoring="vocabulary"`` only (the other needs every row's children).
+            ``scoring="vocabulary"`` only (the other needs every row's children), and not on a :class:`TensorWalk`,
+            where looking would hold up the device.
 
     Returns:
         Candidates, of at most ``limit`` columns.
     """
-    walk = segments if isinstance(segments, Walk) else Walk(segments)
-    queries = len(query)
-    addresses = walk.masks(masks, queries)
-    rows = walk.root(queries)
+    renormalise = scoring == "children"
     with torch.inference_mode():
-        state = model.start(query)
-        log_probs = state.modality_logp[:, None, :]
-        for level in range(walk.levels):
-            if level:
-                width = rows.width
-                if not width:
-                    break
-                tokens, parents = _tokens(rows, width, log_probs.device), _parents(rows, width, log_probs.device)
-                left = walk.levels - level
-                if left > 1 and scoring == "vocabulary" and walk.items_below(rows).max() <= finish:
-                    rows = _finish(model, state, walk, rows, addresses, finish, parents, beam)
-                    break
-                log_probs, state = model.step(state, tokens, parents if level > 1 else None, level)
-            rows = walk.expand(rows, _numpy(log_probs), beam, addresses, renormalise=scoring == "children")
-    return _candidates(walk, rows, addresses, limit or 4 * beam)
+        walk = _prepared(segments)
+        if isinstance(walk, TensorWalk):
+            rows = _spell_on_device(model, query, walk, masks, beam, renormalise)
+        else:
+            rows = _spell(model, query, walk, masks, beam, renormalise, 0 if renormalise else finish)
+    return _candidates(walk, rows, masks, limit or 4 * beam)
 
 
 def one_shot_search(
     model: SpellingModel,
     query: QueryBatch,
-    segments: Sequence[ConstraintIndex] | Walk,
+    segments: Segments,
     masks: Masks | Sequence[Masks] | None = None,
     *,
     draft: int = 200,
@@ -142,17 +136,16 @@ def one_shot_search(
         limit: candidates returned for a query at most; by default two for each of the draft.
         (others as in :func:`beam_search`)
     """
-    walk = segments if isinstance(segments, Walk) else Walk(segments)
-    addresses = walk.masks(masks, len(query))
+    walk = _prepared(segments)
     with torch.inference_mode():
-        rows = _draft(model, query, walk, addresses, draft)
-    return _candidates(walk, rows, addresses, limit or 2 * draft)
+        rows = _draft(model, query, walk, masks, draft)
+    return _candidates(walk, rows, masks, limit or 2 * draft)
 
 
 def verified_search(
     model: SpellingModel,
     query: QueryBatch,
-    segments: Sequence[ConstraintIndex] | Walk,
+    segments: Segments,
     masks: Masks | Sequence[Masks] | None = None,
     *,
     draft: int = 200,
@@ -162,10 +155,9 @@ def verified_search(
 
     The log-probabilities are those that :func:`beam_search` gives (scoring by vocabulary).
     """
-    walk = segments if isinstance(segments, Walk) else Walk(segments)
-    addresses = walk.masks(masks, len(query))
+    walk = _prepared(segments)
     with torch.inference_mode():
-        rows = _draft(model, query, walk, addresses, draft)
+        rows = _draft(model, query, walk, masks, draft)
         width = rows.width
         if width:
             state = model.start(query)
@@ -173,13 +165,13 @@ def verified_search(
             first = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
             exact = torch.cat([first, model.score(state, codes, None, 1)], 2) if walk.levels > 1 else first
             rows = _reordered(rows, _numpy(exact), width)
-    return _candidates(walk, rows, addresses, limit or 2 * draft)
+    return _candidates(walk, rows, masks, limit or 2 * draft)
 
 
 def search_candidates(
     model: SpellingModel,
     query: QueryBatch,
-    segments: Sequence[ConstraintIndex] | Walk,
+    segments: Segments,
     masks: Masks | Sequence[Masks] | None = None,
     *,
     settings: SearchSettings,
@@ -195,8 +187,58 @@ def search_candidates(
     return search(model, query, segments, masks, draft=max(settings.draft, beam))
 
 
-def _draft(model: SpellingModel, query: QueryBatch, walk: Walk, addresses: MaskAddresses, draft: int) -> Rows:
-    return walk.draft([_numpy(t) for t in model.one_shot(query)], draft, addresses)
+def _prepared(segments: Segments) -> Walk | TensorWalk:
+    return segments if isinstance(segments, Walk | TensorWalk) else Walk(segments)
+
+
+def _spell(
+    model: SpellingModel, query: QueryBatch, walk: Walk, masks: Masks | Sequence[Masks] | None,
+    beam: int, renormalise: bool, finish: int,
+) -> Rows:  # fmt: skip
+    addresses = walk.masks(masks, len(query))
+    rows = walk.root(len(query))
+    state = model.start(query)
+    log_probs = state.modality_logp[:, None, :]
+    for level in range(walk.levels):
+        if level:
+            width = rows.width
+            if not width:
+                break
+            tokens, parents = _tokens(rows, width, log_probs.device), _parents(rows, width, log_probs.device)
+            if walk.levels - level > 1 and walk.items_below(rows).max() <= finish:
+                return _finish(model, state, walk, rows, addresses, finish, parents, beam)
+            log_probs, state = model.step(state, tokens, parents if level > 1 else None, level)
+        rows = walk.expand(rows, _numpy(log_probs), beam, addresses, renormalise=renormalise)
+    return rows
+
+
+def _spell_on_device(
+    model: SpellingModel, query: QueryBatch, walk: TensorWalk, masks: Masks | Sequence[Masks] | None,
+    beam: int, renormalise: bool,
+) -> Rows:  # fmt: skip
+    """:func:`_spell` without looking at the data until the end."""
+    on_device = walk.masks(masks, len(query))
+    rows = walk.root(len(query))
+    state = model.start(query)
+    log_probs = state.modality_logp[:, None, :]
+    for level in range(walk.levels):
+        if level:
+            log_probs, state = model.step(state, rows.codes[..., -1], rows.parent if level > 1 else None, level)
+        rows = walk.expand(rows, log_probs, beam, on_device, renormalise=renormalise)
+    return walk.to_host(rows)
+
+
+def _draft(
+    model: SpellingModel, query: QueryBatch, walk: Walk | TensorWalk, masks: Masks | Sequence[Masks] | None, keep: int
+) -> Rows:
+    tables = model.one_shot(query)
+    if isinstance(walk, Walk):
+        return walk.draft([_numpy(t) for t in tables], keep, walk.masks(masks, len(query)))
+    on_device = walk.masks(masks, len(query))
+    rows = walk.root(len(query))
+    for log_probs in tables:
+        rows = walk.expand(rows, log_probs[:, None, :], keep, on_device)
+    return walk.to_host(rows)
 
 
 def _finish(
@@ -252,15 +294,18 @@ def _numpy(log_probs: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(log_probs.detach().cpu().numpy())
 
 
-def _candidates(walk: Walk, rows: Rows, addresses: MaskAddresses, limit: int) -> Candidates:
+def _candidates(
+    walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int
+) -> Candidates:
     """Items of complete rows; an empty table where the walk ended early because nothing is left."""
+    walk = walk.host if isinstance(walk, TensorWalk) else walk
     queries = len(rows.live)
     if rows.level < walk.levels:
         empty = np.zeros((queries, 0), np.int64)
         tokens = np.zeros((queries, 0, walk.levels))
         return Candidates(empty.astype(bool), empty, empty, empty.astype(np.float32), tokens.astype(np.float32),
                           tokens.astype(np.uint16))  # fmt: skip
-    segment, item, leaf, found = walk.collect(rows, addresses, limit)
+    segment, item, leaf, found = walk.collect(rows, walk.masks(masks, queries), limit)
     valid = np.arange(item.shape[1]) < found[:, None]
     take = np.arange(queries)[:, None], leaf
     blank = ~valid[..., None]

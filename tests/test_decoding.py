@@ -10,6 +10,7 @@ from ace_core.config import SearchSettings
 from ace_core.decoding import beam_search, one_shot_search, search_candidates, verified_search
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
+from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk
 from tests.decoding_reference import TableModel, build, corpora, queries, reference_beam
 
@@ -126,6 +127,34 @@ def test_an_early_finish_saves_steps():
     early = beam_search(model, queries([1]), [index], beam=5, finish=5)
     assert model.steps == 1
     agree(leaves(early, 0), leaves(plain, 0))
+
+
+@few
+@given(
+    corpora(), st.lists(st.integers(0, 2), min_size=40, max_size=40), beams, scorings, st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.2, 1.0]),
+)  # fmt: skip
+def test_tensors_walk_as_the_kernels_do(corpus, part_of, beam, scoring, seed, share):
+    codes, sizes = corpus
+    part_of = np.array(part_of[: len(codes)], int)
+    rng = np.random.default_rng(seed)
+    segments = [build(codes[part_of == p], sizes)[0] for p in range(3)]
+    masks = [[ItemMask.of(rng.random(s.items) < share) for s in segments], [None, None, None]]
+    model = TableModel(sizes)
+    both = (Walk(segments), TensorWalk(segments))
+    pairs = [
+        [beam_search(model, queries([5, 6]), walk, masks, beam=beam, scoring=scoring) for walk in both],
+        [beam_search(model, queries([5, 6]), walk, masks[0], beam=beam) for walk in both],
+        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam) for walk in both],
+        [verified_search(model, queries([5, 6]), walk, draft=beam) for walk in both],
+    ]
+    for a, b in pairs:
+        assert a.valid.tolist() == b.valid.tolist()
+        assert a.segment.tolist() == b.segment.tolist()
+        assert a.row.tolist() == b.row.tolist()
+        assert a.codes.tolist() == b.codes.tolist()
+        np.testing.assert_allclose(a.log_prob, b.log_prob, rtol=1e-5)
+        np.testing.assert_allclose(a.level_log_prob, b.level_log_prob, atol=1e-5)
 
 
 @few
