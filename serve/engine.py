@@ -21,7 +21,8 @@ import torch
 from ace_core.config import SearchSettings
 from ace_core.errors import AceError, MediaError, ModelError, QueryError, StoreError
 from ace_core.items import Modality
-from ace_core.retriever import Hit, Retriever, SearchRequest
+from ace_core.query import Hit, SearchRequest
+from ace_core.retriever import Retriever
 from ace_store.store import Store
 from serve.calls import ExampleCall, Found, Options, Refusal, ReplicaState, Reply, TextCall
 

@@ -69,7 +69,7 @@ class SearchRequest(SearchOptions):
                 {"text": ["slow church organ", "dog barking"], "modality": ["audio"], "explain": True},
                 {
                     "text": "animal",
-                    "filters": {"group": ["animals"], "width": {"gte": 200}},
+                    "filters": {"group": ["animals", "food"], "colour": {"not": "red"}},
                     "threshold": 0.5,
                 },
             ]
