@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.config import Settings
-from ace_core.features import Features, Split, read_features, split_of
+from ace_core.features import Features, Pairs, Split, read_features, split_of
 from ace_core.manifest import Manifest
 from ace_store import Store
 from pipelines.progress import Reporter
@@ -36,3 +39,32 @@ def captions_part(corpus: Corpus, settings: Settings, store: Store, reporter: Re
 def load_captions(store: Store, texts_id: str) -> CaptionFeatures:
     """Open a texts part."""
     return CaptionFeatures.load(store.local_copy("texts", texts_id))
+
+
+def known_captions(corpus: Corpus, captions: CaptionFeatures) -> CaptionPairs:
+    """What an index may know of its items: the training captions, as far as they were encoded."""
+    pairs = corpus.split.train_pairs
+    chosen = [(row, text) for row, text in zip(pairs.rows.tolist(), pairs.texts) if text in captions]
+    return caption_pairs(Pairs(np.array([r for r, _ in chosen], np.int64), [t for _, t in chosen]), captions)
+
+
+def caption_pairs(pairs: Pairs, captions: CaptionFeatures) -> CaptionPairs:
+    """Captions with the items they describe, as the aligner reads them."""
+    return CaptionPairs(captions.pooled[captions.rows(pairs.texts)], pairs.rows)
+
+
+def corpus_vectors(aligner: Aligner, corpus: Corpus, captions: CaptionFeatures) -> np.ndarray:
+    """Every item's vector (N, D) as it is indexed: fits, publish and evaluation must agree on it."""
+    return aligner.item_vectors(corpus.features.embeddings, known_captions(corpus, captions))
+
+
+def validation_pairs(split: Split) -> Pairs:
+    """What corrections are tuned on: captions of validation items, and every second kept caption of trained items, so
+    that neither kind of item is favoured. The other kept captions are left for the evaluation (:func:`asked_seen`)."""
+    seen = split.seen_queries
+    return Pairs(np.concatenate([split.val_queries.rows, seen.rows[::2]]), split.val_queries.texts + seen.texts[::2])
+
+
+def asked_seen(split: Split) -> Pairs:
+    """Kept captions of trained items that nothing was tuned on."""
+    return Pairs(split.seen_queries.rows[1::2], split.seen_queries.texts[1::2])

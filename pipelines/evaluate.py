@@ -27,7 +27,7 @@ from ace_core.manifest import fingerprint
 from ace_core.retriever import Retriever
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
-from pipelines.corpus import Corpus, captions_part, load_captions, load_corpus
+from pipelines.corpus import Corpus, asked_seen, captions_part, load_captions, load_corpus
 from pipelines.progress import Reporter
 from pipelines.publish import live_ids
 from pipelines.shards import indexed_ids
@@ -120,7 +120,7 @@ def query_kinds(store: Store, snapshot: SnapshotManifest, corpus: Corpus, settin
         CorpusError: there are none.
     """
     split = corpus.split
-    kinds = {"unseen": split.unseen_queries, "seen": split.seen_queries}
+    kinds = {"unseen": split.unseen_queries, "seen": asked_seen(split)}
     generator = store.find("generator", snapshot.models["generator"].id)
     fitted_on = None if generator is None else generator.inputs["features"]
     if fitted_on not in (None, snapshot.inputs["features"]) and store.find("features", str(fitted_on)) is not None:
@@ -159,14 +159,15 @@ def measure(
     features = corpus.features
     rows_by_id = {item_id: row for row, item_id in enumerate(features.items.column("item_id").to_pylist())}
     live = pc.is_in(features.items.column("item_id"), value_set=live_ids(retriever.snapshot)).to_numpy()
-    items = aligner.item_vectors(features.embeddings)
+    items = _tower_items(aligner, features)
     lines: list[Line] = []
     present = [m for m in MODALITIES if m in features.embeddings]
     galleries: list[Modality | None] = [None, *present] if len(present) > 1 else [None]
     total = sum(len(p) for p in kinds.values()) * (len(MODES) + 1) * (2 if len(present) > 1 else 1)
     with reporter.step("ask", total, "queries") as step:
         for kind, pairs in kinds.items():
-            vectors = aligner.text_vectors(encoder.encode(pairs.texts).pooled.numpy())
+            with torch.inference_mode():
+                vectors = aligner.eval().tower_text(encoder.encode(pairs.texts).pooled).numpy()
             for modality in galleries:
                 gallery = _gallery(features, live, modality)
                 asked = np.flatnonzero(np.isin(pairs.rows, gallery))
@@ -186,6 +187,17 @@ def measure(
                     )  # fmt: skip
                     lines.append(Line(kind, "all" if modality is None else modality.value, method, result))
     return lines
+
+
+def _tower_items(aligner: Aligner, features: Features) -> np.ndarray:
+    """The rival's item vectors (N, D - 1): the plain heads, on the same features."""
+    with torch.inference_mode():
+        parts = [
+            aligner.eval().tower_item(m, torch.from_numpy(features.embeddings[m].astype(np.float32))).numpy()
+            for m in MODALITIES
+            if m in features.embeddings
+        ]
+    return np.concatenate(parts)
 
 
 def _gallery(features: Features, live: np.ndarray, modality: Modality | None) -> np.ndarray:

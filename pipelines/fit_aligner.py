@@ -7,7 +7,7 @@ from typing import Any
 from ace_core.config import Settings
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.corpus import captions_part, load_captions, load_corpus
+from pipelines.corpus import caption_pairs, captions_part, load_captions, load_corpus, validation_pairs
 from pipelines.progress import Reporter
 from pipelines.train import FitContext, run_fit
 
@@ -42,15 +42,16 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
 
 
 def _fit(context: FitContext) -> dict[str, Any]:
-    from ace_core.aligner import CaptionPairs, fit_aligner
+    from ace_core.aligner import fit_aligner
 
     corpus = load_corpus(context.store, context.inputs["features"], context.settings)
     captions = load_captions(context.store, context.inputs["texts"])
     pairs = corpus.split.train_pairs
     aligner, metrics = fit_aligner(
         corpus.features.embeddings,
-        CaptionPairs(captions.pooled[captions.rows(pairs.texts)], pairs.rows),
+        caption_pairs(pairs, captions),
         context.settings.aligner,
+        validation=caption_pairs(validation_pairs(corpus.split), captions),
         collective=context.collective,
         hooks=context.hooks,
         seed=context.settings.compute.seed,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ace_core.config import Settings
 from ace_core.errors import StoreError
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.corpus import load_captions, load_corpus
+from pipelines.corpus import corpus_vectors, load_captions, load_corpus, validation_pairs
 from pipelines.progress import Reporter
 from pipelines.train import FitContext, run_fit
 
@@ -61,20 +59,18 @@ def _fit(context: FitContext) -> dict[str, Any]:
     captions = load_captions(store, context.inputs["texts"])
     aligner = Aligner.load(store.local_copy("aligner", context.inputs["aligner"]))
     quantizer = Quantizer.load(store.local_copy("quantizer", context.inputs["quantizer"]))
-    vectors = aligner.item_vectors(corpus.features.embeddings)
+    vectors = corpus_vectors(aligner, corpus, captions)
     codes = quantizer.assign(vectors, corpus.features.modality_tokens)
 
-    split = corpus.split
-    trained = split.trained
-    row_of = np.cumsum(trained) - 1  # of a trained item among the trained ones
-    chosen = captions.rows(split.train_pairs.texts)
+    pairs = corpus.split.train_pairs
+    chosen = captions.rows(pairs.texts)
     data = TrainingData(
-        vectors=vectors[trained],
-        codes=codes[trained],
+        vectors=vectors,
+        codes=codes,
         query_vectors=aligner.text_vectors(captions.pooled[chosen]),
         hidden=captions.hidden[chosen],
         mask=captions.mask[chosen],
-        rows=row_of[split.train_pairs.rows],
+        rows=pairs.rows,
         teacher_scale=aligner.scale,
     )
     layers, width = captions.hidden.shape[1], captions.hidden.shape[3]
@@ -96,7 +92,7 @@ def _fit(context: FitContext) -> dict[str, Any]:
             quantizer=quantizer,
             aligner=aligner,
             captions=captions,
-            queries=split.val_queries,
+            queries=validation_pairs(corpus.split),
             vectors=vectors,
             codes=codes,
             settings=settings.search,

@@ -9,7 +9,7 @@ import numpy as np
 from ace_core.config import Settings
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.corpus import load_captions, load_corpus
+from pipelines.corpus import corpus_vectors, load_captions, load_corpus
 from pipelines.progress import Reporter
 from pipelines.train import FitContext, run_fit
 
@@ -53,15 +53,15 @@ def _fit(context: FitContext) -> dict[str, Any]:
     corpus = load_corpus(context.store, context.inputs["features"], context.settings)
     captions = load_captions(context.store, context.inputs["texts"])
     aligner = Aligner.load(context.store.local_copy("aligner", context.inputs["aligner"]))
-    trained = corpus.split.trained
-    vectors = aligner.item_vectors(corpus.features.embeddings)
+    # Of the whole corpus, held-out items included: identifiers need no captions.
+    vectors = corpus_vectors(aligner, corpus, captions)
     tokens = corpus.features.modality_tokens
     group = context.collective
-    mine = np.arange(group.rank, int(trained.sum()), group.world_size)
+    mine = np.arange(group.rank, len(vectors), group.world_size)
     train_texts = captions.rows(corpus.split.train_pairs.texts)
     quantizer, metrics = fit_quantizer(
-        vectors[trained][mine],
-        tokens[trained][mine],
+        vectors[mine],
+        tokens[mine],
         context.settings.quantizer,
         index=mine,
         queries=aligner.text_vectors(captions.pooled[train_texts]),
@@ -70,8 +70,7 @@ def _fit(context: FitContext) -> dict[str, Any]:
         seed=context.settings.compute.seed,
         device=context.device,
     )
-    # Held-out items count too: identifiers are for the whole corpus, and these are what a collapse shows on first.
     health = quantizer.health(quantizer.assign(vectors, tokens), vectors)
     check_health(health, context.settings.quantizer)
     quantizer.save(context.folder)
-    return {"items": int(trained.sum()), "health": health.as_dict(), **metrics}
+    return {"items": len(vectors), "health": health.as_dict(), **metrics}

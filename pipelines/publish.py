@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ace_core.aligner import Aligner
+from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.arrays import map_arrays
 from ace_core.config import EncoderSettings, Settings
 from ace_core.errors import StoreError
-from ace_core.features import Features, read_features
+from ace_core.features import Features
 from ace_core.items import MODALITIES
 from ace_core.manifest import MANIFEST_NAME, Manifest, fingerprint
 from ace_core.quantize.quantizer import Quantizer
@@ -25,6 +25,7 @@ from ace_core.segment import write_segment
 from ace_core.snapshot import MODEL_KINDS, PartRef, Snapshot, SnapshotManifest, write_snapshot
 from ace_store import Current, Store
 from ace_store.store import folder_of
+from pipelines.corpus import known_captions, load_captions, load_corpus
 from pipelines.progress import Reporter
 
 BLOCK = 65_536  # items whose identifiers are assigned together
@@ -86,7 +87,7 @@ def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> Snaps
         )
     models = Models.load(store, generator.id)
     same_encoders(store, features, generator)
-    segment = segment_part(store, features, models, None, reporter)
+    segment = segment_part(store, features, models, None, settings, reporter)
     manifest = snapshot_manifest(store, features, models, [segment], {}, parent=None, note="publish")
     return commit(store, manifest, {}, seen, reporter, started)
 
@@ -111,20 +112,21 @@ def same_encoders(store: Store, features: Manifest, generator: Manifest) -> None
 
 
 def segment_part(
-    store: Store, features: Manifest, models: Models, rows: np.ndarray | None, reporter: Reporter
+    store: Store, features: Manifest, models: Models, rows: np.ndarray | None, settings: Settings, reporter: Reporter
 ) -> PartRef:
     """The segment of these rows of a features part (None for all), built unless the store has it."""
-    inputs = {"features": features.id, **models.ids}
+    inputs: dict[str, str] = {"features": features.id, **models.ids}
     chosen = None if rows is None else fingerprint(rows.tolist())
     segment_id = fingerprint("segment", inputs, models.vectors, chosen)
     if store.find("segment", segment_id) is None:
-        corpus = read_features(store.path("features", features.id), store.filesystem)
-        rows = np.arange(len(corpus)) if rows is None else rows
+        corpus = load_corpus(store, features.id, settings)
+        known = known_captions(corpus, load_captions(store, models.texts))
+        rows = np.arange(len(corpus.features)) if rows is None else rows
         with store.scratch() as folder, reporter.step("assign identifiers", len(rows)) as step:
             codes = np.empty((len(rows), models.quantizer.levels), np.uint16)
             vectors = np.empty((len(rows), models.aligner.dim), np.float32) if models.vectors == "int8" else None
             for block in _blocks(len(rows)):
-                x, tokens = _vectors(corpus, models.aligner, rows[block])
+                x, tokens = _vectors(corpus.features, models.aligner, known, rows[block])
                 codes[block] = models.quantizer.assign(x, tokens)
                 if vectors is not None:
                     vectors[block] = x
@@ -134,7 +136,7 @@ def segment_part(
                 segment_id=segment_id,
                 codes=codes,
                 vocab_sizes=models.quantizer.vocab_sizes,
-                items=corpus.items.take(pa.array(rows)),
+                items=corpus.features.items.take(pa.array(rows)),
                 corpus_root=features.settings["corpus_root"],
                 inputs=inputs,
                 vectors=vectors,
@@ -149,15 +151,19 @@ def _blocks(count: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, count))
 
 
-def _vectors(corpus: Features, aligner: Aligner, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Aligned vectors (n, D) and modality tokens (n,) of rows (n,) of a corpus."""
+def _vectors(
+    corpus: Features, aligner: Aligner, known: CaptionPairs, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Aligned vectors (n, D) and modality tokens (n,) of sorted rows (n,) of a corpus."""
     out = np.empty((len(rows), aligner.dim), np.float32)
     tokens = corpus.modality_tokens[rows]
     for modality in corpus.embeddings:
         here = np.flatnonzero(tokens == modality.token)
         if len(here):
             raw = corpus.embeddings[modality][rows[here] - corpus.rows_of(modality).start]
-            out[here] = aligner.item_vectors({modality: raw})
+            of_these = np.flatnonzero(np.isin(known.rows, rows[here]))
+            place = np.searchsorted(rows[here], known.rows[of_these])
+            out[here] = aligner.item_vectors({modality: raw}, CaptionPairs(known.pooled[of_these], place))
     return out, tokens
 
 
@@ -203,11 +209,12 @@ def snapshot_manifest(
         "models": models.ids,
         "tombstones": {k: v.tolist() for k, v in tombstones.items() if len(v)},
     }
+    model_refs: dict[ModelKind, PartRef] = {kind: part_ref(store, kind, models.ids[kind]) for kind in MODEL_KINDS}
     return SnapshotManifest(
         id=fingerprint("snapshot", identity),
-        inputs={"features": features.id, "texts": models.texts, **models.ids},
+        inputs={"features": features.id, "texts": models.texts} | {str(k): v for k, v in models.ids.items()},
         segments=tuple(segments),
-        models={kind: part_ref(store, kind, models.ids[kind]) for kind in MODEL_KINDS},
+        models=model_refs,
         encoders=EncoderSettings.model_validate(
             features.settings["encoders"] | {"text": texts.settings}  # each as it was when it was used
         ),

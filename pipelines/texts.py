@@ -72,6 +72,9 @@ class CaptionFeatures:
     def _row_of(self) -> dict[str, int]:
         return {text: row for row, text in enumerate(self.texts)}
 
+    def __contains__(self, text: str) -> bool:
+        return text in self._row_of
+
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) int64 rows of these captions."""
         return np.array([self._row_of[t] for t in texts], np.int64)
