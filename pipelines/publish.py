@@ -115,7 +115,7 @@ def segment_part(
     store: Store, features: Manifest, models: Models, rows: np.ndarray | None, settings: Settings, reporter: Reporter
 ) -> PartRef:
     """The segment of these rows of a features part (None for all), built unless the store has it."""
-    inputs: dict[str, str] = {"features": features.id, **models.ids}
+    inputs: dict[str, str] = {"features": features.id} | {str(kind): part for kind, part in models.ids.items()}
     chosen = None if rows is None else fingerprint(rows.tolist())
     segment_id = fingerprint("segment", inputs, models.vectors, chosen)
     if store.find("segment", segment_id) is None:
