@@ -1,0 +1,197 @@
+"""A replica's engine on a real (untrained) snapshot: batches, deadlines, changing snapshot without a wrong answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ace_core.config import SearchSettings
+from ace_core.errors import StoreError
+from ace_core.retriever import Retriever
+from serve.calls import ExampleCall, Options, Refusal, Reply, TextCall
+from serve.engine import Engine
+from tests.tiny_store import TinyStore
+
+TEXTS = ("a red fruit", "a dog barks", "slow piano")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
+    torch.set_num_threads(1)
+    store = TinyStore(tmp_path_factory.mktemp("store"))
+    store.segment("main", 0, 240)
+    store.segment("delta", 240, 60)
+    return store
+
+
+@pytest.fixture
+def engine(tiny: TinyStore) -> Engine:
+    tiny.publish("first", ["main"])
+    return Engine(str(tiny.path), replica="r1", settings=SearchSettings(), device="cpu", threads=1)
+
+
+def _call(*texts: str, k: int = 5, seconds: float = 60, **options) -> TextCall:
+    return TextCall(texts, Options(k=k, **options), time.time() + seconds)
+
+
+def _like(item_id: str, **options) -> ExampleCall:
+    return ExampleCall(Options(k=3, **options), time.time() + 60, item_id=item_id)
+
+
+def _answer(engine: Engine, *calls: TextCall | ExampleCall) -> list[Reply | Refusal]:
+    async def ask() -> list[Reply | Refusal]:
+        waiting = [await engine.prepare(call) for call in calls]
+        ready = [w for w in waiting if not isinstance(w, Refusal)]
+        answers = iter(await engine.answer(ready))
+        return [w if isinstance(w, Refusal) else next(answers) for w in waiting]
+
+    return asyncio.run(ask())
+
+
+def _ids(reply: Reply | Refusal) -> list[list[str]]:
+    assert isinstance(reply, Reply), reply
+    return [[hit.item_id for hit in hits] for hits in reply.results]
+
+
+def test_a_batch_answers_each_call_as_if_alone(engine: Engine, tiny: TinyStore) -> None:
+    calls = [_call(*TEXTS), _like("item-0007"), _call(TEXTS[0], k=2, filters={"parity": "odd"}, modalities=("audio",))]
+    together = _answer(engine, *calls)
+    assert [_ids(r) for r in together] == [_ids(_answer(engine, call)[0]) for call in calls]
+    retriever = Retriever.open(tiny.path, text_encoder=tiny.text)
+    assert _ids(together[0]) == [[h.item_id for h in hits] for hits in retriever.search(TEXTS, k=5)]
+    assert _ids(together[1])[0][0] == "item-0007"
+    first = together[0]
+    assert isinstance(first, Reply)
+    assert first.batch == 5 and first.beam == 20 and first.state.snapshot == "first"
+    assert first.threshold == pytest.approx(retriever.threshold)
+    assert set(first.stages) == {"queue", "search"} and all(s >= 0 for s in first.stages.values())
+    example = together[1]
+    assert isinstance(example, Reply) and "example" in example.stages
+    hit = first.results[0][0]
+    assert len(hit.level_probs) == len(hit.identifier) and 0 <= hit.score <= 1
+
+
+def test_a_bad_call_does_not_spoil_its_neighbours(engine: Engine) -> None:
+    alone = _ids(_answer(engine, _call(TEXTS[0]))[0])
+    good, bad, gone = _answer(
+        engine, _call(TEXTS[0]), _call("x", filters={"number": {"near": 3}}), _like("no such item")
+    )
+    assert _ids(good) == alone
+    assert isinstance(bad, Refusal) and bad.kind == "query" and "near" in bad.found and bad.remedy
+    assert isinstance(gone, Refusal) and gone.kind == "missing"
+
+
+def test_calls_past_their_deadline_leave_the_batch(engine: Engine) -> None:
+    late, timely = _answer(engine, _call("x", "y", seconds=-1), _call(TEXTS[0]))
+    assert isinstance(late, Refusal) and late.kind == "deadline"
+    assert isinstance(timely, Reply) and timely.batch == 1
+    example = ExampleCall(Options(k=1), time.time() - 1, item_id="item-0000")
+    [refused] = _answer(engine, example)
+    assert isinstance(refused, Refusal) and refused.kind == "deadline"
+
+
+def test_media_that_no_encoder_can_read_is_refused(engine: Engine) -> None:
+    call = ExampleCall(Options(k=1), time.time() + 60, media=b"\x89PNG nonsense", modality="image")
+    [refused] = _answer(engine, call)
+    # The tiny snapshot names no image encoder: that, too, is an answer and not a crash.
+    assert isinstance(refused, Refusal) and refused.kind in ("query", "media") and "image" in refused.found
+
+
+def test_a_published_snapshot_is_taken_and_rolled_back(engine: Engine, tiny: TinyStore) -> None:
+    filters = {"number": {"gte": 240}}
+    assert _ids(_answer(engine, _call("x", filters=filters))[0]) == [[]]
+    tiny.publish("second", ["main", "delta"])
+    asyncio.run(engine.refresh())
+    assert engine.state().snapshot == "second" and engine.state().refused is None
+    assert len(_ids(_answer(engine, _call("x", filters=filters))[0])[0]) == 5
+    tiny.publish("first", ["main"])
+    asyncio.run(engine.refresh())
+    assert engine.state().snapshot == "first"
+    assert _ids(_answer(engine, _call("x", filters=filters))[0]) == [[]]
+
+
+def test_an_example_is_encoded_again_when_the_snapshot_changed_meanwhile(engine: Engine, tiny: TinyStore) -> None:
+    async def ask() -> list[Reply | Refusal]:
+        tiny.publish("second", ["main", "delta"])
+        await engine.refresh()
+        waiting = [await engine.prepare(_like(item)) for item in ("item-0010", "item-0250")]
+        tiny.publish("first", ["main"])
+        await engine.refresh()
+        return await engine.answer([w for w in waiting if not isinstance(w, Refusal)])
+
+    stayed, went = asyncio.run(ask())
+    assert isinstance(stayed, Reply) and stayed.state.snapshot == "first"
+    assert _ids(stayed) == _ids(_answer(engine, _like("item-0010"))[0])
+    # The vector that was made for it belongs to a snapshot that is not served any more.
+    assert isinstance(went, Refusal) and went.kind == "missing"
+
+
+def test_answers_never_mix_snapshots_while_they_change(engine: Engine, tiny: TinyStore) -> None:
+    """Asking while CURRENT goes back and forth: what an answer holds agrees with the snapshot that it names."""
+    tiny.publish("second", ["main", "delta"])
+    filters = {"number": {"gte": 240}}
+
+    async def ask() -> set[str]:
+        seen = set()
+
+        async def turn() -> None:
+            for n in range(6):
+                tiny.publish(*(("first", ["main"]) if n % 2 else ("second", ["main", "delta"])))
+                await engine.refresh()
+
+        turning = asyncio.create_task(turn())
+        while not turning.done():
+            waiting = [await engine.prepare(_call("x", "y", filters=filters)) for _ in range(3)]
+            for reply in await engine.answer([w for w in waiting if not isinstance(w, Refusal)]):
+                assert isinstance(reply, Reply)
+                expected = 5 if reply.state.snapshot == "second" else 0
+                assert [len(hits) for hits in reply.results] == [expected, expected]
+                seen.add(reply.state.snapshot)
+        await turning
+        return seen
+
+    assert asyncio.run(ask()) == {"first", "second"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "gone"])
+def test_a_snapshot_that_fails_its_checks_is_refused(engine: Engine, tiny: TinyStore, damage: str) -> None:
+    tiny.segment(f"bad-{damage}", 0, 60)
+    tiny.publish(f"bad-{damage}", [f"bad-{damage}"])
+    path: Path = tiny.path / "segments" / f"bad-{damage}" / "identifiers.safetensors"
+    if damage == "flip":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (tiny.path / "CURRENT").write_text('{"snapshot": "bad-gone-altogether"}')
+    asyncio.run(engine.refresh())
+    state = engine.state()
+    assert state.snapshot == "first" and state.refused and state.refused.startswith(f"bad-{damage}") and state.reason
+    assert str(tiny.path) not in state.reason
+    assert len(_ids(_answer(engine, _call("x"))[0])[0]) == 5
+    tiny.publish("first", ["main"])
+    asyncio.run(engine.refresh())
+    assert engine.state().refused is None and engine.state().reason is None
+
+
+def test_a_store_that_cannot_be_read_does_not_stop_the_replica(engine: Engine, tiny: TinyStore) -> None:
+    current = tiny.path / "CURRENT"
+    kept = current.read_text()
+    current.write_text("{nonsense")
+    asyncio.run(engine.refresh())
+    assert engine.state().snapshot == "first" and engine.state().reason
+    assert len(_ids(_answer(engine, _call("x"))[0])[0]) == 5
+    current.write_text(kept)
+    asyncio.run(engine.refresh())
+    assert engine.state().reason is None
+
+
+def test_an_empty_store_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="ace publish"):
+        Engine(str(tmp_path), replica="r1", settings=SearchSettings(), device="cpu", threads=1)
