@@ -39,7 +39,8 @@ class LimitSettings(Section):
     max_bytes: int = Field(2_000_000_000, gt=0, description="bytes of one file")
     max_pixels: int = Field(178_000_000, gt=0, description="pixels of a picture or of one video frame")
     max_seconds: float = Field(4 * 3600, gt=0, description="duration of a sound or video")
-    decode_seconds: float = Field(60, gt=0, description="time to decode one file")
+    decode_seconds: float = Field(60, gt=0, description="time to decode one file (with isolate)")
+    isolate: bool = Field(True, description="decode in child processes: a crash or a hang costs one file, not the job")
 
 
 class TextEncoderSettings(Section):
@@ -76,7 +77,7 @@ class SplitSettings(Section):
     """Which items and captions are kept out of training, for an honest evaluation."""
 
     attribute: str = Field("split", description="attribute that names an item's split")
-    held_out: tuple[str, ...] = Field(("val", "test"), description="its values whose items are never trained on")
+    held_out: tuple[str, ...] = Field(("val", "test"), description="its values whose captions are never trained on")
     validation: str = Field("val", description="the value that the ranking mix and the calibration are fitted on")
     keep_one_caption: bool = Field(
         True, description="keep the last caption of a trained item (with two or more) as a query for seen items"
@@ -133,7 +134,7 @@ class GeneratorSettings(Section):
     soft_targets: float = Field(
         0.5, ge=0, le=1, description="share of a target that goes to items similar by the aligned space"
     )
-    candidates: int = Field(8192, ge=2, description="items that a step's targets are spread over")
+    candidates: int = Field(2048, ge=2, description="items that a step's targets are spread over")
     virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
     virtual_noise: float = Field(
         1.0, ge=0, description="noise of a virtual query: a factor on the gap of a real caption, or without captions its norm"
@@ -273,9 +274,18 @@ def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()
         except yaml.YAMLError as e:
             raise SettingsError(f"the value is not YAML: {e}", where=f"--set {override}") from None
     try:
-        return Settings.model_validate(raw)
+        return Settings.model_validate(_over(Settings().model_dump(), raw))
     except ValidationError as e:
         raise _readable(e, where) from None
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults with what is given in their place, section by section: one key of a section can be set alone."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        below = merged.get(key)
+        merged[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _readable(error: ValidationError, where: str) -> SettingsError:

@@ -168,8 +168,8 @@ class Split:
     """Which items and captions a fit may see.
 
     Attributes:
-        trained: (n,) bool, items that fits may use, captioned or not.
-        held_out: (n,) bool, the others: neither their captions nor their embeddings are trained on.
+        trained: (n,) bool, items whose captions may be trained on (they may have none).
+        held_out: (n,) bool, the others.
         train_pairs: captions to train on.
         seen_queries: captions of trained items that were kept out of training.
         unseen_queries: captions of held-out items, for the test.

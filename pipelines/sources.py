@@ -83,11 +83,13 @@ def list_corpus(settings: CorpusSettings) -> Listing:
     files = _files(location)
     relative = {_below(location, info.path): info for info in files}
     media: dict[str, Modality] = {}
+    sniffed: dict[str, str] = {}
     other: Counter[str] = Counter()
     for name, info in relative.items():
         modality = modality_of(name)
         if modality is None and "." not in posixpath.basename(name):
-            modality = modality_of(sniff(_head(location, info.path)) or "")
+            sniffed[name] = f"x{sniff(_head(location, info.path)) or ''}"
+            modality = modality_of(sniffed[name])
         if modality is None:
             other[posixpath.splitext(name)[1].lower() or "no suffix"] += 1
         else:
@@ -102,7 +104,7 @@ def list_corpus(settings: CorpusSettings) -> Listing:
     described = _read_sidecars(location, media, relative)
     captions_name = _captions_file(settings, relative)
     errors = [] if captions_name is None else _describe(described, location, captions_name, media)
-    items, duplicates = _rows(media, relative, described)
+    items, duplicates = _rows(media, sniffed, relative, described)
     summary = _summary(items, other, captions_name)
     return Listing(location, items, pa.Table.from_pylist(errors + duplicates, schema=ERRORS_SCHEMA), summary)
 
@@ -249,7 +251,10 @@ def _match(written: str, location: Location, media: dict[str, Modality], by_name
 
 
 def _rows(
-    media: dict[str, Modality], relative: dict[str, fs.FileInfo], described: dict[str, Described]
+    media: dict[str, Modality],
+    sniffed: dict[str, str],
+    relative: dict[str, fs.FileInfo],
+    described: dict[str, Described],
 ) -> tuple[pa.Table, list[dict[str, str]]]:
     rows, duplicates, taken = [], [], set()
     for name, modality in media.items():
@@ -275,7 +280,7 @@ def _rows(
                 "modality": modality.value,
                 "captions": entry.captions,
                 "attributes": json.dumps(entry.attributes, sort_keys=True, ensure_ascii=False),
-                "mime": mime_of(name),
+                "mime": mime_of(sniffed.get(name, name)),
                 "stamp": f"{info.size}-{info.mtime_ns}",
                 "bytes": info.size,
             }

@@ -1,0 +1,382 @@
+"""Ingestion: what a folder holds, what is written about it, encoding without Ray, and the whole on a real Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings, Settings, load_settings
+from ace_core.errors import AceError, CorpusError
+from ace_core.features import read_errors, read_features
+from ace_core.items import Modality
+from ace_store import Store
+from pipelines.captions import read_captions
+from pipelines.encode import EncodeItems, KnownEmbeddings
+from pipelines.progress import Reporter
+from pipelines.sources import Listing, list_corpus
+from tests.corpora import write_clip, write_mixed_corpus, write_picture, write_tone
+
+LIMITS = LimitSettings()
+AUDIO = MediaEncoderSettings(kind="log-mel", batch_size=4)
+
+
+def _list(folder: Path, captions: str | None = None) -> Listing:
+    return list_corpus(CorpusSettings(path=str(folder), captions=captions))
+
+
+def _by_uri(listing: Listing) -> dict[str, dict]:
+    return {row["uri"]: row for row in listing.items.to_pylist()}
+
+
+# -- what a folder holds -----------------------------------------------------------------------------------------
+
+
+def test_media_are_found_by_suffix_and_by_their_first_bytes(tmp_path: Path) -> None:
+    write_picture(tmp_path / "deep" / "er" / "a.PNG", "red", "square")
+    write_tone(tmp_path / "b.wav", 440)
+    write_tone(tmp_path / "c.flac", 440)
+    (tmp_path / "c.flac").rename(tmp_path / "no-suffix")
+    write_picture(tmp_path / ".hidden" / "x.png", "red", "square")
+    write_picture(tmp_path / "_trash.png", "red", "square")
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    rows = _by_uri(_list(tmp_path))
+    assert {uri: row["modality"] for uri, row in rows.items()} == {
+        "deep/er/a.PNG": "image", "b.wav": "audio", "no-suffix": "audio",
+    }  # fmt: skip
+    assert rows["no-suffix"]["mime"] == "audio/flac"
+    assert rows["b.wav"]["mime"] == "audio/wav" and rows["b.wav"]["bytes"] > 1000
+
+
+def test_unusable_folders_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="does not exist") as error:
+        _list(tmp_path / "nowhere")
+    assert "corpus.path" in error.value.remedy
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="is empty"):
+        _list(tmp_path / "empty")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.docx").write_text("x")
+    with pytest.raises(CorpusError, match=r"1 files here \(1 \.docx\), and none of a known kind") as error:
+        _list(tmp_path / "text")
+    assert ".jpg" in error.value.remedy
+    with pytest.raises(CorpusError, match="is a file"):
+        _list(tmp_path / "text" / "a.docx")
+
+
+# -- what is written about it ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    for name in ("a", "b", "c"):
+        write_picture(tmp_path / "pictures" / f"{name}.png", "red", "square")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_captions_files_of_every_kind_say_the_same(three: Path, kind: str) -> None:
+    rows = [
+        {"file_name": "pictures/a.png", "caption": "one, first", "year": 1999, "night": True, "item_id": "A"},
+        {"file_name": "pictures/a.png", "caption": "one, second", "year": 1999, "night": True, "item_id": "A"},
+        {"file_name": "pictures/b.png", "caption": "two", "year": 2003, "night": False, "item_id": "B"},
+    ]
+    path = three / f"captions.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(r) for r in rows))
+    elif kind == "csv":
+        lines = [
+            f'{r["file_name"]},"{r["caption"]}",{r["year"]},{str(r["night"]).lower()},{r["item_id"]}' for r in rows
+        ]
+        path.write_text("file_name,caption,year,night,item_id\n" + "\n".join(lines) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    listing = _list(three)
+    found = {row["item_id"]: (row["captions"], json.loads(row["attributes"])) for row in listing.items.to_pylist()}
+    assert found == {
+        "A": (["one, first", "one, second"], {"year": 1999, "night": True}),
+        "B": (["two"], {"year": 2003, "night": False}),
+        "pictures/c.png": ([], {}),
+    }
+    assert listing.errors.num_rows == 0
+    assert "2 of them with captions" in listing.summary
+
+
+def test_sidecar_files_describe_their_item(three: Path) -> None:
+    (three / "pictures" / "a.txt").write_text("first line\n\n  second   line \n")
+    (three / "pictures" / "b.json").write_text(json.dumps({"caption": "from json", "licence": "CC0"}))
+    (three / "pictures" / "c.json").write_text("{not json")
+    rows = _by_uri(_list(three))
+    assert rows["pictures/a.png"]["captions"] == ["first line", "second line"]
+    assert rows["pictures/b.png"]["captions"] == ["from json"]
+    assert json.loads(rows["pictures/b.png"]["attributes"]) == {"licence": "CC0"}
+    assert rows["pictures/c.png"]["captions"] == []
+
+
+def test_captions_of_absent_files_become_error_rows(three: Path) -> None:
+    rows = [{"path": "pictures/a.png", "captions": ["x"]}, {"path": "pictures/gone.png", "captions": ["y"]}]
+    (three / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    listing = _list(three)
+    assert listing.items.num_rows == 3
+    (error,) = listing.errors.to_pylist()
+    assert (error["uri"], error["cause"], error["modality"]) == ("pictures/gone.png", "absent", "image")
+
+
+def test_paths_are_understood_in_several_forms(three: Path) -> None:
+    rows = [
+        {"path": str(three / "pictures" / "a.png"), "captions": ["absolute"]},
+        {"path": "./pictures/b.png", "captions": ["dotted"]},
+        {"path": "c.png", "captions": ["name only"]},
+    ]
+    (three / "told.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = _by_uri(_list(three, "told.jsonl"))
+    assert [found[f"pictures/{n}.png"]["captions"] for n in "abc"] == [["absolute"], ["dotted"], ["name only"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("captions.jsonl", '{"path": "pictures/a.png"}\n{oops', "line 2 is not a JSON object"),
+        ("captions.jsonl", '{"title": "x"}', r"row 1 does not name a media file \(its columns: title\)"),
+        ("captions.jsonl", '{"path": "elsewhere/a1.png", "caption": "x"}', "none of the 1 files"),
+        ("captions.csv", "path,caption\na,b,c,d\n", "cannot be read"),
+        ("captions.parquet", "not parquet", "cannot be read"),
+    ],
+)
+def test_bad_captions_files_stop_with_the_place(three: Path, name: str, content: str, said: str) -> None:
+    (three / name).write_text(content)
+    with pytest.raises(CorpusError, match=said) as error:
+        _list(three)
+    assert error.value.remedy
+
+
+def test_a_captions_file_that_is_not_there(three: Path) -> None:
+    with pytest.raises(CorpusError, match="cannot be read"):
+        _list(three, "nowhere.jsonl")
+
+
+def test_captions_are_cleaned_and_not_repeated() -> None:
+    data = b'{"path": "a", "captions": [" two  words ", "two words", ""], "text": "more"}'
+    assert read_captions(data, "c.jsonl")["a"].captions == ["two words", "more"]
+
+
+def test_items_with_one_id_are_not_both_taken(three: Path) -> None:
+    rows = [{"path": f"pictures/{n}.png", "item_id": "same"} for n in "ab"]
+    (three / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    listing = _list(three)
+    assert listing.items.num_rows == 2 and listing.errors.column("cause").to_pylist() == ["duplicate-id"]
+
+
+def test_the_digest_follows_files_and_captions(three: Path) -> None:
+    first = _list(three).digest()
+    assert _list(three).digest() == first
+    (three / "pictures" / "a.txt").write_text("a caption")
+    told = _list(three).digest()
+    assert told != first
+    os.utime(three / "pictures" / "b.png", (1, 1))
+    assert _list(three).digest() not in (first, told)
+
+
+# -- encoding, without Ray ---------------------------------------------------------------------------------------
+
+
+def _encode(folder: Path, names: list[str], **kwargs: object) -> dict[str, np.ndarray]:
+    transform = EncodeItems(Modality.AUDIO, AUDIO, LIMITS, str(folder), threads=2, device="cpu", **kwargs)  # type: ignore[arg-type]
+    sizes = [(folder / n).stat().st_size if (folder / n).exists() else 1 for n in names]
+    return transform({"row": np.arange(len(names)), "uri": np.array(names), "bytes": np.array(sizes)})
+
+
+def test_a_bad_file_is_a_row_and_its_neighbours_are_unharmed(tmp_path: Path) -> None:
+    write_tone(tmp_path / "good.wav", 440)
+    write_tone(tmp_path / "other.wav", 880)
+    (tmp_path / "junk.wav").write_bytes(b"this is not audio at all")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    result = _encode(tmp_path, ["junk.wav", "good.wav", "empty.wav", "gone.wav", "other.wav"])
+    assert result["cause"].tolist() == ["not-audio", "", "empty", "unreadable", ""]
+    assert all(result["detail"][i] for i in (0, 2, 3))
+    alone = _encode(tmp_path, ["good.wav"])
+    np.testing.assert_array_equal(result["embedding"][1], alone["embedding"][0])
+    np.testing.assert_allclose(np.linalg.norm(result["embedding"][[1, 4]].astype(np.float32), axis=1), 1, atol=2e-3)
+    assert not result["embedding"][[0, 2, 3]].any()
+    assert result["content_hash"][1] != result["content_hash"][4]
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
+    write_tone(tmp_path / "good.wav", 440)
+    small = EncodeItems(Modality.AUDIO, AUDIO, LimitSettings(max_bytes=100), str(tmp_path), threads=1, device="cpu")
+    batch = {"row": np.arange(1), "uri": np.array(["good.wav"]), "bytes": np.array([5000])}
+    assert small(batch)["cause"].tolist() == ["too-large"]
+
+
+class _Fragile:
+    """An encoder that fails on a batch with a bad input, and is broken by some inputs alone."""
+
+    dim = 2
+
+    def decode(self, data: bytes) -> bytes:
+        return data
+
+    def encode(self, batch: list[bytes]) -> np.ndarray:
+        if b"bad" in batch:
+            raise RuntimeError("cannot encode this")
+        return np.array([[np.nan, 0] if item == b"nan" else [3 / 5, 4 / 5] for item in batch], np.float32)
+
+
+def test_an_input_that_breaks_the_encoder_costs_one_row(tmp_path: Path) -> None:
+    for name in ("a", "bad", "nan", "b"):
+        (tmp_path / name).write_text(name)
+    transform = EncodeItems(Modality.AUDIO, AUDIO, LIMITS, str(tmp_path), threads=1, device="cpu")
+    transform._encoder = _Fragile()  # type: ignore[assignment]
+    names = ["a", "bad", "nan", "b"]
+    result = transform({"row": np.arange(4), "uri": np.array(names), "bytes": np.ones(4)})
+    assert result["cause"].tolist() == ["", "unexpected", "no-content", ""]
+    assert "cannot encode this" in result["detail"][1]
+
+
+def test_known_content_is_not_encoded_again(tmp_path: Path) -> None:
+    write_tone(tmp_path / "a.wav", 440)
+    write_tone(tmp_path / "b.wav", 660)
+    first = _encode(tmp_path, ["a.wav"])
+    vector = np.full((1, first["embedding"].shape[1]), 0.25, np.float16)  # recognisably not what the encoder says
+    from pipelines.shards import item_rows
+
+    listed = _list(tmp_path).items.slice(0, 1)
+    pq.write_table(item_rows(listed, pa.array([first["content_hash"][0]]), vector), tmp_path / "old.parquet")
+    known = KnownEmbeddings(None, {str(first["content_hash"][0]): (str(tmp_path / "old.parquet"), 0)})
+    result = _encode(tmp_path, ["b.wav", "a.wav"], known=known)
+    assert result["reused"].tolist() == [False, True]
+    np.testing.assert_array_equal(result["embedding"][1], vector[0])
+    assert result["cause"].tolist() == ["", ""]
+
+
+# -- the whole, on Ray -------------------------------------------------------------------------------------------
+
+
+def _settings(corpus: Path, store: Path, *more: str) -> Settings:
+    return load_settings(None, (f"corpus.path={corpus}", f"store={store}", "compute.encoders=2", *more))
+
+
+def _ingest(settings: Settings) -> tuple[dict, Path]:
+    from pipelines.ingest import ingest
+
+    manifest = ingest(settings, Store.open(settings.store), Reporter(quiet=True))
+    return manifest.metrics | {"id": manifest.id}, Path(settings.store) / "features" / manifest.id
+
+
+@pytest.mark.ray
+def test_a_mixed_corpus_with_bad_files_and_what_changes_later(ray_cluster: None, tmp_path: Path) -> None:
+    corpus, store = tmp_path / "corpus", tmp_path / "store"
+    write_mixed_corpus(corpus, pictures=20, sounds=6, clips=4)
+    (corpus / "images" / "junk.png").write_bytes(b"no picture")
+    whole = (corpus / "video" / "000.mp4").read_bytes()
+    (corpus / "video" / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    settings = _settings(corpus, store, "encoders.image.batch_size=4")
+    metrics, folder = _ingest(settings)
+    assert metrics["items"] == {"image": 20, "audio": 6, "video": 4}
+    assert sum(metrics["errors"].values()) == 2 and metrics["errors"]["not-an-image"] == 1
+    features = read_features(folder)
+    assert len(features) == 30 and len(set(features.items.column("item_id").to_pylist())) == 30
+    for vectors in features.embeddings.values():
+        np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=5e-3)
+    assert read_errors(folder).column("uri").to_pylist() == ["images/junk.png", "video/cut.mp4"]
+
+    before = time.monotonic()
+    again, _ = _ingest(settings)
+    assert again["id"] == metrics["id"] and time.monotonic() - before < 15
+
+    # One file is new, one moved, one changed, one is gone, and one has another caption.
+    write_tone(corpus / "audio" / "new.flac", 555)
+    (corpus / "images" / "000.png").rename(corpus / "images" / "moved.png")
+    write_picture(corpus / "images" / "001.png", "blue", "frame")
+    (corpus / "images" / "002.png").unlink()
+    text = (corpus / "captions.jsonl").read_text()
+    (corpus / "captions.jsonl").write_text(text.replace('number 3"', 'number three"'))
+    changed, new_folder = _ingest(settings)
+    assert changed["id"] != metrics["id"]
+    assert changed["items"] == {"image": 19, "audio": 7, "video": 4}
+    assert changed["reused"] == {"image": 18, "audio": 6, "video": 4}  # all but the changed picture and the new sound
+    assert changed["disappeared"] == 2  # the removed one, and the old name of the moved one
+    assert changed["errors"]["absent"] == 2
+    old = dict(zip(features.items.column("item_id").to_pylist(), features.embeddings[Modality.IMAGE]))
+    now = read_features(new_folder)
+    new = dict(zip(now.items.column("item_id").to_pylist(), now.embeddings[Modality.IMAGE]))
+    np.testing.assert_array_equal(new["images/moved.png"], old["images/000.png"])
+    np.testing.assert_array_equal(new["images/005.png"], old["images/005.png"])
+    assert not np.array_equal(new["images/001.png"], old["images/001.png"])
+    row = now.items.column("item_id").to_pylist().index("images/003.png")
+    assert now.items.column("captions")[row].as_py()[0].endswith("number three")
+
+
+@pytest.mark.ray
+def test_a_corpus_of_bad_files_only_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        (tmp_path / "corpus" / f"{i}.wav").write_bytes(b"junk")
+    with pytest.raises(CorpusError, match=r"not one of 3 files can be used \(3 not-audio\)"):
+        _ingest(_settings(tmp_path / "corpus", tmp_path / "store"))
+
+
+@pytest.mark.ray
+def test_more_actors_than_the_cluster_has_room_for_are_refused(ray_cluster: None, tmp_path: Path) -> None:
+    for i in range(40):
+        write_tone(tmp_path / "corpus" / f"{i}.wav", 200 + i, seconds=0.2)
+    settings = _settings(tmp_path / "corpus", tmp_path / "store", "compute.encoders=4", "encoders.audio.batch_size=4")
+    with pytest.raises(AceError, match="1 must stay free") as error:
+        _ingest(settings)
+    assert "compute.encoders" in error.value.where
+
+
+_DRIVER = """
+import os, sys
+os.environ["RAY_AUTH_MODE"] = "disabled"
+from ace_core.config import load_settings
+from ace_store import Store
+from pipelines.ingest import ingest
+from pipelines.progress import Reporter
+settings = load_settings(None, tuple(sys.argv[1:]))
+ingest(settings, Store.open(settings.store), Reporter(quiet=True))
+"""
+
+
+@pytest.mark.ray
+def test_a_killed_driver_goes_on_where_it_stopped(ray_cluster: None, tmp_path: Path) -> None:
+    corpus, store = tmp_path / "corpus", tmp_path / "store"
+    for i in range(240):
+        write_tone(corpus / f"{i:03d}.flac", 200 + i, seconds=3)
+    write_clip(corpus / "clip.mp4", "red", to_right=True)
+    (corpus / "000.flac").write_bytes(b"junk")
+    options = [
+        f"corpus.path={corpus}", f"store={store}", "encoders.audio.batch_size=8", "corpus.shard_items=8",
+        "compute.encoders=1",
+    ]  # fmt: skip
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen([sys.executable, "-c", _DRIVER, *options, f"compute.address={address}"])
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(store.glob("features/*/shards/*.json"))) < 3:
+            assert time.monotonic() < deadline and driver.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    committed = {path: path.read_bytes() for path in store.glob("features/*/audio/*.parquet")}
+    done = len(list(store.glob("features/*/shards/*.json")))
+    metrics, folder = _ingest(load_settings(None, tuple(options)))
+    features = read_features(folder)
+    assert features.counts() == {"audio": 239, "video": 1}
+    assert len(set(features.items.column("item_id").to_pylist())) == 240
+    assert metrics["errors"] == {"not-audio": 1}
+    assert 3 <= done < 30
+    kept = [path for path, data in committed.items() if path.exists() and path.read_bytes() == data]
+    assert len(kept) >= done - 1  # finished shards were not written again (one may have lacked its statistics)

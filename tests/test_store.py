@@ -1,0 +1,186 @@
+"""The store, on a local disk and on a real S3 server (moto's, in this process)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ace_core.errors import StoreError
+from ace_core.manifest import MANIFEST_NAME, Manifest
+from ace_store import Store, open_location
+from ace_store.current import Current
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Address of a bucket on an S3 server, as a store URI's beginning and options."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        import boto3
+
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    if request.param == "local":
+        return Store.open(tmp_path / "store")
+    options = request.getfixturevalue("s3")
+    return Store.open(f"s3://bucket/{tmp_path.name}{options}", cache=tmp_path / "cache")
+
+
+def _part(store: Store, part_id: str, text: str = "hello") -> Manifest:
+    with store.scratch() as folder:
+        part = folder / "part"
+        (part / "inner").mkdir(parents=True)
+        (part / "inner" / "data.txt").write_text(text)
+        return store.upload_part(part, Manifest(kind="aligner", id=part_id, metrics={"loss": 1.5}))
+
+
+def test_json_is_written_whole_and_read_back(store: Store) -> None:
+    assert store.read_json("a/b.json") is None
+    store.write_json("a/b.json", {"x": 1})
+    store.write_json("a/b.json", {"x": [2, "é"]})
+    assert store.read_json("a/b.json") == {"x": [2, "é"]}
+    assert [i.base_name for i in store.listing("a")] == ["b.json"]  # no temporary file stays
+
+
+def test_a_part_is_found_listed_and_mirrored(store: Store) -> None:
+    manifest = _part(store, "one")
+    assert manifest.files["inner/data.txt"].bytes == 5
+    assert store.find("aligner", "one") == manifest
+    assert store.find("aligner", "two") is None
+    folder = store.local_copy("aligner", "one")
+    assert (folder / "inner" / "data.txt").read_text() == "hello"
+    assert json.loads((folder / MANIFEST_NAME).read_text())["id"] == "one"
+    with pytest.raises(StoreError, match="there is no quantizer one"):
+        store.local_copy("quantizer", "one")
+
+
+def test_latest_names_the_stage_that_makes_it(store: Store) -> None:
+    with pytest.raises(StoreError, match="ace fit aligner"):
+        store.latest("aligner")
+    _part(store, "one")
+    _part(store, "two")
+    store.set_latest("aligner", "two")
+    assert store.latest("aligner").id == "two"
+    assert {m.id for m in store.parts("aligner")} == {"one", "two"}
+
+
+def test_an_unfinished_part_does_not_exist_and_is_replaced(store: Store) -> None:
+    store.write_bytes("aligner/one/inner/old.txt", b"left behind by a killed run")
+    assert store.find("aligner", "one") is None
+    assert store.parts("aligner") == []
+    _part(store, "one")
+    assert "inner/old.txt" not in store.find("aligner", "one").files  # type: ignore[union-attr]
+
+
+def test_a_deleted_part_is_gone(store: Store) -> None:
+    _part(store, "one")
+    store.local_copy("aligner", "one")
+    store.delete_part("aligner", "one")
+    assert store.find("aligner", "one") is None
+    with pytest.raises(StoreError):
+        store.local_copy("aligner", "one")
+
+
+def test_current_moves_only_from_where_it_was_seen(store: Store) -> None:
+    nothing = store.current()
+    assert nothing == Current(None, None)
+    store.move_current("first", nothing)
+    seen = store.current()
+    assert seen.snapshot == "first"
+    with pytest.raises(StoreError, match="another publisher"):
+        store.move_current("second", nothing)  # believed that nothing was published
+    store.move_current("second", seen)
+    with pytest.raises(StoreError, match="another publisher"):
+        store.move_current("third", seen)  # saw the first
+    assert store.current().snapshot == "second"
+
+
+def test_of_many_publishers_one_wins(store: Store) -> None:
+    seen = store.current()
+    barrier = threading.Barrier(6)
+    won: list[str] = []
+
+    def publish(name: str) -> None:
+        barrier.wait()
+        try:
+            store.move_current(name, seen)
+            won.append(name)
+        except StoreError:
+            pass
+
+    threads = [threading.Thread(target=publish, args=(f"s{i}",)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.current().snapshot == won[0]
+
+
+def test_a_store_of_another_version_is_refused(store: Store) -> None:
+    store.write_json("STORE.json", {"format_version": 99})
+    with pytest.raises(StoreError, match="version 99") as error:
+        Store.open(store.uri, cache=store._cache)
+    assert "another --store" in error.value.remedy
+
+
+def test_a_damaged_current_says_what_to_do(store: Store) -> None:
+    store.write_bytes("CURRENT", b"{}")
+    with pytest.raises(StoreError, match="ace rollback"):
+        store.current()
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="a file, not a folder"):
+        Store.open(tmp_path / "file")
+
+
+def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
+    Store.open(tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_bucket_is_a_store_error(s3: str) -> None:
+    store = Store.open(f"s3://no-such-bucket/x{s3}")
+    with pytest.raises(StoreError, match="cannot be used"):
+        store.write_json("a.json", {})
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("s3://b/x", "3 characters"),
+        ("s3://bucket/x?endpoint=1", "unknown S3 option 'endpoint'"),
+        ("nothing-like-this://x/y", "no file system"),
+    ],
+)
+def test_bad_addresses_are_refused(uri: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        open_location(uri)
+
+
+def test_s3_endpoint_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, s3: str, tmp_path: Path) -> None:
+    written = Store.open(f"s3://bucket/{tmp_path.name}{s3}")
+    written.write_json("a.json", {"x": 1})
+    host = s3.partition("endpoint_override=")[2].partition("&")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    assert Store.open(f"s3://bucket/{tmp_path.name}").read_json("a.json") == {"x": 1}
