@@ -12,6 +12,7 @@ merges. Its folder holds
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,12 @@ from ace_core.scoring import Gallery, StoredVectors
 ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
+
+
+def item_versions(items: pa.Table) -> pa.Array:
+    """(n,) text that changes when an item's content, place, captions or attributes do: what `ace add` compares."""
+    columns = (items.column(name).to_pylist() for name in ("content_hash", "uri", "captions", "attributes"))
+    return pa.array([hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest() for row in zip(*columns)])
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ def write_segment(
         save_arrays(folder / "vectors.safetensors", {"vectors": stored.vectors, "scales": stored.scales})
     rows = items.take(pa.array(order))
     attributes = typed_attributes(rows.column("attributes").to_pylist())
-    table = rows.select(ITEM_COLUMNS).append_column("attributes", attributes).combine_chunks()
+    table = rows.select(ITEM_COLUMNS).append_column("attributes", attributes)
+    table = table.append_column("version", item_versions(rows)).combine_chunks()
     with pa.OSFile(str(folder / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     manifest = Manifest(

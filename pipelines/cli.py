@@ -134,6 +134,81 @@ def publish(config: ConfigOption = None, changes: SetOption = None, store: Store
 
 
 @app.command()
+def add(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Ingest what is new or changed in the corpus folder and publish it, without fitting anything again.
+
+    Says how well the codebooks still fit (drift), and what has disappeared from the folder.
+    """
+    from pipelines.change import add_stage
+    from pipelines.ingest import ingest as ingest_stage
+
+    context = _context(config, changes, store)
+    ingest_stage(*context)
+    add_stage(*context)
+
+
+@app.command()
+def remove(
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items.", show_default=False)] = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", metavar="NAME=VALUE", help="Items with this attribute.")
+    ] = None,
+    gone: Annotated[bool, typer.Option("--gone", help="Items that the last ingestion no longer found.")] = False,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Take items out of every answer: by id, by attribute, or because their file is gone."""
+    from pipelines.change import remove_stage
+    from pipelines.search import parse_filters
+
+    _, opened, reporter = _context(config, changes, store)
+    remove_stage(opened, reporter, ids=ids or [], filters=parse_filters(where or []), gone=gone)
+
+
+@app.command()
+def rollback(
+    snapshot: Annotated[str | None, typer.Argument(help="Snapshot to return to; by default the one before.")] = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Make an earlier snapshot the current one again."""
+    from pipelines.change import rollback_stage
+
+    _, opened, reporter = _context(config, changes, store)
+    rollback_stage(opened, reporter, snapshot)
+
+
+@app.command()
+def status(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Show the snapshots of the store and what everything in it takes."""
+    from pipelines.keep import status_table
+
+    _, opened, reporter = _context(config, changes, store)
+    reporter.result(status_table(opened))
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=0, help="Newest snapshots to keep beside the current one.")] = 3,
+    min_age_hours: Annotated[float, typer.Option(min=0, help="Keep whatever is younger than this.")] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Delete parts of the store that no kept snapshot needs."""
+    from datetime import timedelta
+
+    from pipelines.keep import gc_stage
+
+    _, opened, reporter = _context(config, changes, store)
+    for name in gc_stage(opened, reporter, keep=keep, min_age=timedelta(hours=min_age_hours), dry_run=dry_run):
+        reporter.say(f"  {name}")
+
+
+@app.command()
 def search(
     text: Annotated[str, typer.Argument(help="What to look for, in words.")],
     k: Annotated[int | None, typer.Option("-k", min=1, help="Results wanted.", show_default="search.k")] = None,

@@ -125,9 +125,11 @@ def segment_part(
         with store.scratch() as folder, reporter.step("assign identifiers", len(rows)) as step:
             codes = np.empty((len(rows), models.quantizer.levels), np.uint16)
             vectors = np.empty((len(rows), models.aligner.dim), np.float32) if models.vectors == "int8" else None
+            error = 0.0
             for block in _blocks(len(rows)):
                 x, tokens = _vectors(corpus.features, models.aligner, known, rows[block])
                 codes[block] = models.quantizer.assign(x, tokens)
+                error += float(np.square(x - models.quantizer.reconstruct(codes[block])).sum())
                 if vectors is not None:
                     vectors[block] = x
                 step.advance(block.stop - block.start)
@@ -140,7 +142,7 @@ def segment_part(
                 corpus_root=features.settings["corpus_root"],
                 inputs=inputs,
                 vectors=vectors,
-                metrics={"by_modality": _by_modality(codes)},
+                metrics={"by_modality": _by_modality(codes), "error": error / max(1, len(rows))},
             )
             store.adopt_part(folder / "part", "segment", segment_id)
     return part_ref(store, "segment", segment_id)

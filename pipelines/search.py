@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ace_core.config import Settings
 from ace_core.errors import QueryError
-from ace_core.retriever import Hit, Retriever
+from ace_core.query import Hit
+from ace_core.retriever import Retriever
 from ace_store import Store
 from pipelines.progress import Reporter
 
@@ -25,16 +26,25 @@ def search_once(
         StoreError: nothing is published.
         QueryError: an option makes no sense.
     """
+    # One query does not pay for hashing every file; `ace publish` and the server do.
+    retriever = Retriever.open(store.mirror(), settings=settings.search, verify=False)
+    hits = retriever.search([text], k=k, modality=modalities or None, filters=parse_filters(where))[0]
+    return hits, retriever.threshold
+
+
+def parse_filters(conditions: list[str]) -> dict[str, Any]:
+    """Filters from ``NAME=VALUE`` conditions; a value is YAML, so it may be a number or ``{gte: 3}``.
+
+    Raises:
+        QueryError: a condition is not of that form.
+    """
     filters: dict[str, Any] = {}
-    for condition in where:
+    for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
             raise QueryError(f"{condition!r} is not NAME=VALUE", where="--where")
         filters[name.strip()] = yaml.safe_load(value)
-    # One query does not pay for hashing every file; `ace publish` and the server do.
-    retriever = Retriever.open(store.mirror(), settings=settings.search, verify=False)
-    hits = retriever.search([text], k=k, modality=modalities or None, filters=filters)[0]
-    return hits, retriever.threshold
+    return filters
 
 
 def print_hits(text: str, found: tuple[list[Hit], float], reporter: Reporter, *, as_json: bool) -> None:

@@ -27,6 +27,7 @@ class CodebookHealth:
         collision_rate: share of items whose identifier another item has too.
         buckets: {bucket size: number of identifiers with so many items}.
         cosine: mean cosine of an item vector and its rebuilt vector.
+        error: mean squared distance of an item vector and its rebuilt vector.
     """
 
     items: int
@@ -35,6 +36,7 @@ class CodebookHealth:
     collision_rate: float
     buckets: dict[int, int]
     cosine: float
+    error: float
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready figures."""
@@ -65,6 +67,7 @@ def measure_health(
         collision_rate=float(sizes[sizes > 1].sum() / n),
         buckets=buckets,
         cosine=float(cosine.mean()),
+        error=float(np.square(x - rebuilt).sum(1).mean()),
     )
 
 

@@ -1,0 +1,189 @@
+"""``ace add | remove | rollback``: the current snapshot changes, the models stay as they are.
+
+Added items go through the frozen encoders, aligner and codebooks into a small segment of their own; removed ones get
+a tombstone. Either way a new snapshot is published beside the old, which any later ``ace rollback`` finds again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ace_core.attributes import FilterValue, matching
+from ace_core.config import Settings
+from ace_core.errors import CorpusError, QueryError, StoreError
+from ace_core.features import read_features
+from ace_core.segment import Segment, item_versions
+from ace_core.snapshot import Snapshot, SnapshotManifest
+from ace_store import Current, Store
+from pipelines.drift import measure_drift
+from pipelines.progress import Reporter
+from pipelines.publish import Models, commit, same_encoders, segment_part, snapshot_manifest
+
+SHOWN = 5  # ids named in a message
+
+
+def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
+    """Publish what the latest features have and the current snapshot has not: new items, and changed ones in place of
+    their older selves. Time and space are those of what is added, beside one comparison of ids.
+
+    Raises:
+        StoreError: nothing is published yet, the encoders changed, or another publisher was faster.
+    """
+    started = time.monotonic()
+    seen, snapshot = _open_current(store)
+    features = store.latest("features")
+    models = Models.load(store, snapshot.manifest.models["generator"].id)
+    same_encoders(store, features, store.latest("generator"))
+    corpus = read_features(store.path("features", features.id), store.filesystem)
+    published = _published(snapshot)
+    wanted = pa.table({"item_id": corpus.items.column("item_id"), "version": item_versions(corpus.items)})
+    _report_gone(published, wanted, reporter)
+    place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
+    same = pc.equal(wanted.column("version"), published.column("version").take(place))
+    rows = np.flatnonzero(~pc.fill_null(same, False).to_numpy())
+    replaced = place.combine_chunks().take(pa.array(rows)).drop_null().to_numpy()
+    tombstones = _with_tombstones(snapshot, published, replaced)
+    if not len(rows):
+        reporter.say(f"snapshot {snapshot.id}: it has all of the corpus, nothing to add")
+        return snapshot.manifest
+    segment = segment_part(store, features, models, rows, settings, reporter)
+    manifest = snapshot_manifest(
+        store, features, models, [*snapshot.manifest.segments, segment], tombstones, parent=snapshot.id, note="add"
+    )
+    reporter.say(f"{len(rows) - len(replaced):,} items added, {len(replaced):,} replaced")
+    drift = measure_drift(snapshot, Segment(store.local_copy("segment", segment.id), verify=False), store)
+    reporter.say(str(drift))
+    return commit(store, manifest, tombstones, seen, reporter, started)
+
+
+def remove_stage(
+    store: Store,
+    reporter: Reporter,
+    *,
+    ids: Sequence[str] = (),
+    filters: Mapping[str, FilterValue] | None = None,
+    gone: bool = False,
+) -> SnapshotManifest:
+    """Publish the current snapshot without some items.
+
+    Args:
+        ids: items by id.
+        filters: items by attribute, see :data:`ace_core.attributes.FilterValue`; all must hold.
+        gone: items that the latest features no longer have.
+
+    Raises:
+        QueryError: nothing is asked for, or an id is not there (nothing is removed then).
+        StoreError: nothing is published yet, or another publisher was faster.
+    """
+    started = time.monotonic()
+    if not (ids or filters or gone):
+        raise QueryError("nothing was said to remove", remedy="Give item ids, --where NAME=VALUE or --gone.")
+    seen, snapshot = _open_current(store)
+    published = _published(snapshot)
+    asked = pc.index_in(pa.array(list(ids), pa.string()), value_set=published.column("item_id").combine_chunks())
+    if asked.null_count:
+        missing = [item_id for item_id, place in zip(ids, asked.to_pylist()) if place is None]
+        raise QueryError(
+            f"{len(missing):,} of these items are not in the snapshot ({_some(missing)})",
+            where=f"snapshot {snapshot.id}",
+            remedy="Nothing was removed. Check the ids.",
+        )
+    leaving = np.zeros(len(published), bool)
+    leaving[asked.to_numpy()] = True
+    if gone:
+        wanted = read_features(store.path("features", store.latest("features").id), store.filesystem).items
+        leaving |= ~pc.is_in(
+            published.column("item_id"), value_set=wanted.column("item_id").combine_chunks()
+        ).to_numpy()
+    if filters:
+        passes = [matching(segment.attributes, filters) for segment in snapshot.segments]
+        number, row = published.column("segment").to_numpy(), published.column("row").to_numpy()
+        starts = np.cumsum([0, *(len(p) for p in passes)])
+        leaving |= np.concatenate(passes)[starts[number] + row]
+    if not leaving.any():
+        reporter.say(f"snapshot {snapshot.id}: no such item, nothing to remove")
+        return snapshot.manifest
+    tombstones = _with_tombstones(snapshot, published, np.flatnonzero(leaving))
+    reporter.say(f"{int(leaving.sum()):,} items removed")
+    features = store.find("features", snapshot.manifest.inputs["features"])
+    if features is None:
+        raise StoreError(
+            f"the features {snapshot.manifest.inputs['features']} of snapshot {snapshot.id} are gone",
+            where=store.uri,
+            remedy="Run `ace ingest` and `ace publish` again.",
+        )
+    manifest = snapshot_manifest(
+        store,
+        features,
+        Models.load(store, snapshot.manifest.models["generator"].id),
+        list(snapshot.manifest.segments),
+        tombstones,
+        parent=snapshot.id,
+        note="remove",
+    )
+    return commit(store, manifest, tombstones, seen, reporter, started)
+
+
+def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = None) -> SnapshotManifest:
+    """Make an earlier snapshot the current one again: by default the one that the current one was made from, or else
+    the newest older one.
+
+    Raises:
+        StoreError: there is no such snapshot, it is damaged, or another publisher was faster.
+        CorpusError: there is none before the current one.
+    """
+    started = time.monotonic()
+    seen = store.current()
+    current = store.snapshot(seen.snapshot or "")
+    if snapshot_id is None:
+        older = [m.id for m in store.parts("snapshot") if m.created_at < current.created_at]
+        if current.parent is None and not older:
+            raise CorpusError(
+                f"there is no snapshot before {current.id}", where=store.uri, remedy="`ace status` lists what is kept."
+            )
+        snapshot_id = current.parent or older[-1]
+    manifest = store.snapshot(snapshot_id)
+    return commit(store, manifest, {}, seen, reporter, started)
+
+
+def _open_current(store: Store) -> tuple[Current, Snapshot]:
+    seen = store.current()
+    return seen, Snapshot.open(store.mirror(seen.snapshot), seen.snapshot)
+
+
+def _published(snapshot: Snapshot) -> pa.Table:
+    """Live items: ``item_id``, ``version``, and the ``segment`` (its number) and ``row`` they are at."""
+    parts = []
+    for number, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed)):
+        rows = np.setdiff1d(np.arange(len(segment)), removed, assume_unique=True)
+        part = segment.items.select(["item_id", "version"]).take(pa.array(rows))
+        part = part.append_column("segment", pa.array(np.full(len(rows), number)))
+        parts.append(part.append_column("row", pa.array(rows)))
+    return pa.concat_tables(parts)
+
+
+def _with_tombstones(snapshot: Snapshot, published: pa.Table, leaving: np.ndarray) -> dict[str, np.ndarray]:
+    """The snapshot's tombstones, and those of rows of ``published`` that leave it."""
+    number = published.column("segment").to_numpy()[leaving]
+    row = published.column("row").to_numpy()[leaving]
+    return {
+        segment.manifest.id: np.union1d(removed, row[number == i]).astype(np.int64)
+        for i, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed))
+    }
+
+
+def _report_gone(published: pa.Table, wanted: pa.Table, reporter: Reporter) -> None:
+    kept = pc.is_in(published.column("item_id"), value_set=wanted.column("item_id").combine_chunks())
+    gone = published.column("item_id").filter(pc.invert(kept))
+    if len(gone):
+        some = _some(gone.slice(0, SHOWN + 1).to_pylist())
+        reporter.say(f"{len(gone):,} published items are no longer in the corpus ({some}): `ace remove --gone`")
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")

@@ -1,0 +1,85 @@
+"""Drift: whether the frozen codebooks still fit what is added, and when a refit is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ace_core.segment import Segment
+from ace_core.snapshot import Snapshot
+from ace_store import Store
+
+# A refit is advised beyond these. The first two are ratios of added to published items; the third is the
+# Jensen-Shannon divergence in bits (0 equal, 1 disjoint) of how both spread over the coarse cells.
+MAX_ERROR_RATIO = 1.25
+MAX_COLLISION_RATIO = 2.0
+MAX_BALANCE_SHIFT = 0.35
+MIN_ITEMS = 50  # fewer say nothing about a distribution
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Added items against those of the snapshot before.
+
+    Attributes:
+        items: added items.
+        error_ratio: mean squared distance of an item from its rebuilt self, against that at the fit.
+        collision_rate: share of added items whose identifier another item of the corpus has too.
+        collision_before: the same of the published items among themselves.
+        balance_shift: divergence of the coarse cells' shares, in bits.
+    """
+
+    items: int
+    error_ratio: float
+    collision_rate: float
+    collision_before: float
+    balance_shift: float
+
+    @property
+    def refit_due(self) -> bool:
+        """Whether a figure is beyond its limit, for enough items to tell."""
+        crowded = self.collision_rate > max(0.05, MAX_COLLISION_RATIO * self.collision_before)
+        far = self.error_ratio > MAX_ERROR_RATIO
+        return self.items >= MIN_ITEMS and (far or crowded or self.balance_shift > MAX_BALANCE_SHIFT)
+
+    def __str__(self) -> str:
+        text = (
+            f"drift of {self.items:,} added items: quantisation error {self.error_ratio:.2f}x that at the fit, "
+            f"{100 * self.collision_rate:.1f} % share an identifier (before: {100 * self.collision_before:.1f} %), "
+            f"coarse cells shifted by {self.balance_shift:.2f} bits"
+        )
+        return text + ("; a refit is due (`ace fit all`, `ace publish`)" if self.refit_due else "; no refit needed")
+
+
+def measure_drift(snapshot: Snapshot, added: Segment, store: Store) -> Drift:
+    """Compare a new segment with the snapshot that it joins."""
+    before = np.concatenate([s.gallery.codes for s in snapshot.segments])
+    codes = added.gallery.codes
+    known = np.unique(np.concatenate([before, codes]), axis=0, return_inverse=True, return_counts=True)
+    inverse, counts = known[1].reshape(-1), known[2]
+    old = np.unique(before, axis=0, return_inverse=True, return_counts=True)
+    quantizer = store.find("quantizer", snapshot.manifest.models["quantizer"].id)
+    at_fit = float(quantizer.metrics["health"]["error"]) if quantizer is not None else float("nan")
+    return Drift(
+        items=len(codes),
+        error_ratio=float(added.manifest.metrics["error"]) / max(at_fit, 1e-12),
+        collision_rate=float((counts[inverse[len(before) :]] > 1).mean()),
+        collision_before=float((old[2][old[1].reshape(-1)] > 1).mean()),
+        balance_shift=_divergence(before[:, :2], codes[:, :2]),
+    )
+
+
+def _divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """Jensen-Shannon divergence in bits of two samples of coarse prefixes (n, 2), modality and cell."""
+    cells, inverse = np.unique(np.concatenate([a, b]), axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    p = np.bincount(inverse[: len(a)], minlength=len(cells)) / max(len(a), 1)
+    q = np.bincount(inverse[len(a) :], minlength=len(cells)) / max(len(b), 1)
+    middle = (p + q) / 2
+
+    def against(x: np.ndarray) -> float:
+        some = x > 0
+        return float((x[some] * np.log2(x[some] / middle[some])).sum())
+
+    return (against(p) + against(q)) / 2

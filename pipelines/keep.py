@@ -1,0 +1,98 @@
+"""``ace status | gc``: what a store holds, and what of it nothing needs any more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from rich.table import Table
+
+from ace_core.manifest import Manifest, PartKind
+from ace_core.snapshot import SnapshotManifest
+from ace_store import Store
+from pipelines.progress import Reporter
+
+KINDS: tuple[PartKind, ...] = ("features", "texts", "aligner", "quantizer", "generator", "segment", "snapshot")
+_POINTED: tuple[PartKind, ...] = ("features", "aligner", "quantizer", "generator")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A part of a store, with its size in bytes."""
+
+    manifest: Manifest
+    bytes: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Held:
+        return cls(manifest, sum(f.bytes for f in manifest.files.values()))
+
+
+def status_table(store: Store) -> Table:
+    """Snapshots, newest first, and the size of everything else."""
+    current = store.current().snapshot
+    table = Table(title=store.uri, title_justify="left")
+    for name in ("", "snapshot", "made", "by", "from"):
+        table.add_column(name)
+    for name in ("items", "removed", "segments"):
+        table.add_column(name, justify="right")
+    for manifest in reversed(store.parts("snapshot")):
+        assert isinstance(manifest, SnapshotManifest)
+        table.add_row(
+            "current" if manifest.id == current else "",
+            manifest.id,
+            manifest.created_at,
+            manifest.note,
+            manifest.parent or "",
+            ", ".join(f"{count:,} {name}" for name, count in manifest.items.items()),
+            f"{manifest.removed:,}",
+            str(len(manifest.segments)),
+        )
+    sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
+    table.caption = "; ".join(
+        f"{len(held)} {kind} {sum(h.bytes for h in held) / 1e6:,.1f} MB" for kind, held in sizes.items() if held
+    )
+    return table
+
+
+def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta, dry_run: bool) -> list[str]:
+    """Delete parts that no kept snapshot and no stage needs.
+
+    Kept: the current snapshot, the ``keep`` newest ones, all they name, what the next stage would read, and everything
+    younger than ``min_age`` (a run may be building on it, or a server still reading it).
+
+    Returns:
+        what was deleted (or would be), as ``kind/id``.
+    """
+    parts = {kind: store.parts(kind) for kind in KINDS}
+    current = store.current().snapshot
+    limit = datetime.now(UTC) - min_age
+    needed: set[tuple[str, str]] = set()
+    newest = [m.id for m in parts["snapshot"]][-keep:] if keep else []
+    for manifest in parts["snapshot"]:
+        assert isinstance(manifest, SnapshotManifest)
+        if manifest.id == current or manifest.id in newest or _born(manifest) > limit:
+            needed.add(("snapshot", manifest.id))
+            needed |= {("segment", s.id) for s in manifest.segments}
+            needed |= {(kind, model.id) for kind, model in manifest.models.items()}
+            needed |= set(manifest.inputs.items())
+    for kind in _POINTED:
+        pointer = store.read_json(f"{kind}/LATEST")
+        if pointer is not None:
+            needed.add((kind, str(pointer["id"])))
+    for kind in KINDS:
+        for manifest in parts[kind]:
+            if (kind, manifest.id) in needed or _born(manifest) > limit:
+                needed |= {(kind, manifest.id), *manifest.inputs.items()}
+    doomed = [(kind, m) for kind in reversed(KINDS) for m in parts[kind] if (kind, m.id) not in needed]
+    freed = sum(Held.of(m).bytes for _, m in doomed)
+    for kind, manifest in doomed:
+        if not dry_run:
+            store.delete_part(kind, manifest.id)
+    verb = "would delete" if dry_run else "deleted"
+    reporter.say(f"{verb} {len(doomed)} parts, {freed / 1e6:,.1f} MB")
+    return [f"{kind}/{m.id}" for kind, m in doomed]
+
+
+def _born(manifest: Manifest) -> datetime:
+    return datetime.fromisoformat(manifest.created_at)
