@@ -11,7 +11,8 @@ from ace_core.encoders.lite0 import SIDE, WIDTH, Lite0Images
 from ace_core.encoders.protocol import normalised
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
-from ace_core.media.video import decode_video
+from ace_core.media.decoders import VideoDecoder
+from ace_core.media.isolate import guarded
 
 _CELLS = 8  # the motion map's cells along each side
 _CHANGE_WEIGHT, _MOTION_WEIGHT = 0.5, 0.7  # against 1 for what is seen
@@ -35,13 +36,13 @@ class FrameVideos:
     def __init__(self, frames: int, limits: LimitSettings, device: str = "cpu") -> None:
         self._images = Lite0Images(limits, device)
         self._frames = frames
-        self._limits = limits
+        self._decoder = guarded(VideoDecoder(limits, frames, SIDE))
         self.dim = 2 * WIDTH + frames * _CELLS**2
         self.identity = fingerprint("frames", _REVISION, self._images.identity, frames)
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(frames, 224, 224, 3) uint8."""
-        return decode_video(data, self._limits, self._frames, SIDE, start, end).frames
+        return self._decoder(data, start, end)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised, of n (frames, 224, 224, 3) uint8 clips."""

@@ -18,7 +18,8 @@ from ace_core.encoders.embedded import packaged_file
 from ace_core.encoders.protocol import identity_of, normalised
 from ace_core.errors import ModelError
 from ace_core.items import Modality
-from ace_core.media.image import decode_image, resized
+from ace_core.media.decoders import ImageDecoder
+from ace_core.media.isolate import guarded
 
 SIDE = 224
 WIDTH = 1280
@@ -122,7 +123,8 @@ class Lite0Images:
 
     def __init__(self, limits: LimitSettings, device: str = "cpu") -> None:
         weights = read_weights()
-        self._limits = limits
+        # Twice the side, so that the last reduction is bicubic whatever the decoder did before it.
+        self._decoder = guarded(ImageDecoder(limits, min_side=2 * SIDE, side=SIDE))
         self._device = torch.device(device)
         self._model = FoldedLite0(weights).to(self._device)
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -130,8 +132,7 @@ class Lite0Images:
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(224, 224, 3) uint8."""
-        # Twice the side, so that the last reduction is bicubic whatever the decoder did before it.
-        return resized(decode_image(data, self._limits, min_side=2 * SIDE), SIDE, SIDE)
+        return self._decoder(data)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, 1280) float32, L2-normalised, of n (224, 224, 3) uint8 pictures."""

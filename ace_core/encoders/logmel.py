@@ -19,7 +19,8 @@ from ace_core.config import LimitSettings
 from ace_core.encoders.protocol import normalised
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
-from ace_core.media.audio import decode_audio
+from ace_core.media.decoders import AudioDecoder
+from ace_core.media.isolate import guarded
 
 RATE = 16_000
 _WINDOW = 2048  # 128 ms: semitones are apart from 200 Hz on
@@ -83,7 +84,7 @@ class LogMelSounds:
     shares_text_space = False
 
     def __init__(self, limits: LimitSettings) -> None:
-        self._limits = limits
+        self._decoder = guarded(AudioDecoder(limits, RATE))
         self.dim = len(self.features(np.zeros(RATE, np.float32)))
         self.identity = fingerprint("log-mel", _REVISION, RATE, self.dim)
 
@@ -102,7 +103,7 @@ class LogMelSounds:
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(samples,) float32, mono at 16 kHz."""
-        return decode_audio(data, self._limits, RATE, start, end)
+        return self._decoder(data, start, end)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised, of n sounds of any lengths."""

@@ -18,9 +18,8 @@ from ace_core.encoders.checkpoints import TEXT_PARTS, drop_parts, load_checkpoin
 from ace_core.encoders.protocol import identity_of, normalised
 from ace_core.errors import SettingsError
 from ace_core.items import Modality
-from ace_core.media.audio import decode_audio
-from ace_core.media.image import decode_image
-from ace_core.media.video import decode_video
+from ace_core.media.decoders import AudioDecoder, ImageDecoder, VideoDecoder
+from ace_core.media.isolate import guarded
 
 
 class PretrainedEncoder:
@@ -28,12 +27,11 @@ class PretrainedEncoder:
 
     modality: Modality
 
-    def __init__(self, path: str, processor_loader: Any, limits: LimitSettings, device: str, *revision: int) -> None:
+    def __init__(self, path: str, processor_loader: Any, device: str, *revision: int) -> None:
         from transformers import AutoModel
 
         setting = f"encoders.{self.modality}.path"
         self._model, self._processor = load_checkpoint(path, AutoModel, processor_loader, setting=setting)
-        self._limits = limits
         self._device = torch.device(device)
         self._getter = self._find_getter()
         self.shares_text_space = self._getter is not None and hasattr(self._model, "get_text_features")
@@ -90,15 +88,15 @@ class PretrainedImages(PretrainedEncoder):
     def __init__(self, path: str, limits: LimitSettings, device: str = "cpu") -> None:
         from transformers import AutoImageProcessor
 
-        super().__init__(path, AutoImageProcessor, limits, device)
+        super().__init__(path, AutoImageProcessor, device)
         size = getattr(self._processor, "size", None) or {}
         side = max((v for v in dict(size).values() if isinstance(v, int)), default=0)
         # Twice what the processor shrinks it to: its own filter does the last step.
-        self._min_side = 2 * side or None
+        self._decoder = guarded(ImageDecoder(limits, min_side=2 * side or None))
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(h, w, 3) uint8."""
-        return decode_image(data, self._limits, min_side=self._min_side)
+        return self._decoder(data)
 
     def _blank(self) -> np.ndarray:
         return np.zeros((64, 64, 3), np.uint8)
@@ -115,11 +113,12 @@ class PretrainedSounds(PretrainedEncoder):
     def __init__(self, path: str, limits: LimitSettings, device: str = "cpu") -> None:
         from transformers import AutoFeatureExtractor
 
-        super().__init__(path, AutoFeatureExtractor, limits, device)
+        super().__init__(path, AutoFeatureExtractor, device)
+        self._decoder = guarded(AudioDecoder(limits, self._processor.sampling_rate))
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(samples,) float32, mono at the model's own rate."""
-        return decode_audio(data, self._limits, self._processor.sampling_rate, start, end)
+        return self._decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros(self._processor.sampling_rate, np.float32)
@@ -158,7 +157,8 @@ class PretrainedVideos(PretrainedEncoder):
         from transformers import AutoImageProcessor
 
         self._frames = frames
-        super().__init__(path, AutoImageProcessor, limits, device, frames)
+        super().__init__(path, AutoImageProcessor, device, frames)
+        self._decoder = guarded(VideoDecoder(limits, frames))
 
     def _find_getter(self) -> str | None:
         config = getattr(self._model.config, "vision_config", self._model.config)
@@ -175,7 +175,7 @@ class PretrainedVideos(PretrainedEncoder):
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(frames, h, w, 3) uint8."""
-        return decode_video(data, self._limits, self._frames, None, start, end).frames
+        return self._decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros((self._frames, 64, 64, 3), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
@@ -61,10 +62,13 @@ def decode_audio(
     return np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0, copy=False)
 
 
-def _soundfile_blocks(data: bytes, limits: LimitSettings, start: float, end: float | None):
+def _soundfile_blocks(
+    data: bytes, limits: LimitSettings, start: float, end: float | None
+) -> tuple[int, Iterator[np.ndarray]]:
     """The file's rate, and its mono float32 blocks from ``start`` to ``end`` seconds."""
+    source = io.BytesIO(data)
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as e:
         raise _refused(data, e) from None
     rate, frames = file.samplerate, file.frames
@@ -77,10 +81,10 @@ def _soundfile_blocks(data: bytes, limits: LimitSettings, start: float, end: flo
     check_seconds((last - first) / rate, limits)
     if is_cut_short(data):
         raise MediaError(Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again.")
-    return rate, _read(file, first, last)
+    return rate, _read(file, source, first, last)
 
 
-def _read(file: soundfile.SoundFile, first: int, last: int):
+def _read(file: soundfile.SoundFile, source: io.BytesIO, first: int, last: int) -> Iterator[np.ndarray]:
     try:
         if first:
             file.seek(first)
@@ -96,7 +100,11 @@ def _read(file: soundfile.SoundFile, first: int, last: int):
             left -= len(block)
             yield block.mean(axis=1)
     except soundfile.LibsndfileError as e:
-        raise MediaError(Cause.CORRUPT, f"the sound cannot be decoded: {e.error_string}") from None
+        # It wanted more where there is no more: cut off. Otherwise it met something that it could not read.
+        cut = source.tell() >= source.getbuffer().nbytes
+        raise MediaError(
+            Cause.TRUNCATED if cut else Cause.CORRUPT, f"the sound cannot be decoded: {e.error_string}"
+        ) from None
     finally:
         file.close()
 

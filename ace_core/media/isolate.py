@@ -1,0 +1,196 @@
+"""Decoding in a child process: a decoder that crashes or hangs costs one file, not the job.
+
+Media decoders are C code that reads what strangers made; decord 0.6, for one, dies of a segmentation fault on some
+damaged MP4 files. A child stays for many files (starting one costs as much as decoding hundreds of pictures), is
+killed by its own alarm when a file takes too long, and is replaced when it died.
+
+The two speak over pipes, lengths before bytes; no pickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ace_core.config import LimitSettings
+from ace_core.errors import MediaError
+from ace_core.media.causes import Cause
+from ace_core.media.decoders import AudioDecoder, Decoder, ImageDecoder, VideoDecoder
+
+_KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDecoder)}
+_REQUEST = struct.Struct("<Qdd")  # bytes of the file, start and end in seconds (NaN for none)
+_REPLY = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the array
+
+
+def guarded(decoder: Decoder) -> Decoder | IsolatedDecoder:
+    """The decoder in child processes, or itself where ``limits.isolate`` is off."""
+    return IsolatedDecoder(decoder) if decoder.limits.isolate else decoder
+
+
+class IsolatedDecoder:
+    """Calls like the decoder that it is given; safe to call from several threads, each with a child of its own.
+
+    A call raises MediaError ``timeout`` after ``limits.decode_seconds``, ``crashed`` when the child died, and whatever
+    the decoder itself raises. Children start with the first call and end with this object or its process.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        fields = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(decoder)}
+        limits = fields.pop("limits").model_dump()
+        self._spec = json.dumps({"kind": type(decoder).__name__, "limits": limits, "fields": fields})
+        self._seconds = decoder.limits.decode_seconds
+        self._idle: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
+        child = self._take() or self._start()
+        began = time.monotonic()
+        try:
+            header, body = _ask(child, data, start, end)
+        except (OSError, EOFError, ValueError):
+            seconds = time.monotonic() - began
+            code = _end(child)
+            if code == -signal.SIGALRM or seconds >= self._seconds:
+                raise MediaError(
+                    Cause.TIMEOUT,
+                    f"decoding took more than {self._seconds:g} s",
+                    remedy="Raise limits.decode_seconds if the file is meant to be in the corpus.",
+                ) from None
+            raise MediaError(Cause.CRASHED, f"the decoder died on it ({_name_of(code)})") from None
+        except BaseException:  # interrupted between question and answer: this child's pipe is out of step
+            _end(child)
+            raise
+        with self._lock:
+            self._idle.append(child)
+        if "cause" in header:
+            raise MediaError(header["cause"], header["found"], remedy=header["remedy"])
+        return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
+
+    def close(self) -> None:
+        """End the idle children."""
+        with self._lock:
+            children, self._idle = self._idle, []
+        for child in children:
+            _end(child)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _take(self) -> subprocess.Popen[bytes] | None:
+        """An idle child that still lives."""
+        with self._lock:
+            while self._idle:
+                child = self._idle.pop()
+                if child.poll() is None:
+                    return child
+                _end(child)
+        return None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The child finds this package wherever the parent found it, installed or not.
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.Popen(
+            [sys.executable, "-m", "ace_core.media.isolate", self._spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pipesize=1
+            << 20,  # a picture passes in one piece: fewer switches between the two (Linux; ignored elsewhere)
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def _ask(child: subprocess.Popen[bytes], data: bytes, start: float | None, end: float | None) -> tuple[dict, bytearray]:
+    assert child.stdin is not None and child.stdout is not None
+    nan = math.nan
+    child.stdin.write(_REQUEST.pack(len(data), nan if start is None else start, nan if end is None else end))
+    child.stdin.write(data)
+    child.stdin.flush()
+    header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
+    return json.loads(_read(child.stdout, header_length)), _read(child.stdout, body_length)
+
+
+def _read(stream: IO[bytes], count: int) -> bytearray:
+    """Exactly ``count`` bytes, writable (so that arrays over them are)."""
+    out = bytearray(count)
+    view, filled = memoryview(out), 0
+    while filled < count:
+        got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not got:
+            raise EOFError
+        filled += got
+    return out
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    """Close a child's pipes, wait for it (killing it if it does not go by itself), and give its exit code."""
+    for pipe in (child.stdin, child.stdout):
+        try:
+            if pipe is not None:
+                pipe.close()
+        except OSError:
+            pass  # it died with something still in the pipe
+    try:
+        return child.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def _name_of(code: int) -> str:
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def main() -> None:
+    """The child: answers requests on its standard streams until the parent closes them."""
+    spec = json.loads(sys.argv[1])
+    decoder = _KINDS[spec["kind"]](limits=LimitSettings(**spec["limits"]), **spec["fields"])
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    # Whatever a C library prints must not get between the replies.
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    while True:
+        try:
+            length, start, end = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            data = bytes(_read(requests, length))
+        except EOFError:
+            return
+        # The default action ends the process even inside C code that never comes back.
+        signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
+        body = np.empty(0, np.uint8)
+        try:
+            body = decoder(data, None if math.isnan(start) else start, None if math.isnan(end) else end)
+            header = {"shape": body.shape, "dtype": body.dtype.str}
+        except MediaError as e:
+            header = {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}
+        except Exception as e:  # a decoder's own bug with this file
+            header = {"cause": str(Cause.CORRUPT), "found": f"{type(e).__name__}: {e}", "remedy": ""}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        text = json.dumps(header).encode()
+        replies.write(_REPLY.pack(len(text), body.nbytes))
+        replies.write(text)
+        replies.write(np.ascontiguousarray(body).data.cast("B") if body.size else b"")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
