@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from demo_corpus import clips, pictures, sounds
+from demo_corpus.clips import entries as clip_entries
 from demo_corpus.entries import Entry
+from demo_corpus.pictures import entries as picture_entries
+from demo_corpus.sounds import entries as sound_entries
 
 CAPTIONS = "captions.jsonl"
 
@@ -29,9 +31,12 @@ class CorpusSummary:
 
 
 def build_demo_corpus(
-    folder: Path, pictures_count: int = 1500, sounds_count: int = 400, clips_count: int = 240,
+    folder: Path,
+    pictures: int = 1500,
+    sounds: int = 400,
+    clips: int = 240,
     progress: Progress | None = None,
-) -> CorpusSummary:  # fmt: skip
+) -> CorpusSummary:
     """Render what is missing of the demo corpus into ``folder``, then write ``captions.jsonl``.
 
     The same arguments give the same files and captions on every run. A build that was killed continues: each file is
@@ -47,9 +52,9 @@ def build_demo_corpus(
     """
     made = 0
     kinds: list[tuple[str, int, Iterable[Entry]]] = [
-        ("pictures", pictures_count, pictures.entries(pictures_count)),
-        ("sounds", sounds_count, sounds.entries(sounds_count)),
-        ("clips", clips_count, clips.entries(clips_count)),
+        ("pictures", pictures, picture_entries(pictures)),
+        ("sounds", sounds, sound_entries(sounds)),
+        ("clips", clips, clip_entries(clips)),
     ]
     entries: list[Entry] = []
     for kind, total, source in kinds:
@@ -63,7 +68,7 @@ def build_demo_corpus(
     captions = folder / CAPTIONS
     if not captions.is_file() or captions.read_text() != rows:
         _write(captions, rows.encode())
-    return CorpusSummary(pictures_count, sounds_count, clips_count, made)
+    return CorpusSummary(pictures, sounds, clips, made)
 
 
 def rows_of(entries: list[Entry]) -> list[dict]:

@@ -26,6 +26,7 @@ _SUBGROUPS_OUT = (
     "sky-and-weather", "place-map", "place-geographic", "place-other", "place-building", "place-religious", "time",
     "event", "office", "book-paper", "mail", "sound", "lock", "transport-sign", "hotel",
 )  # fmt: skip
+_FAMILIAR = ("red apple", "automobile", "soccer ball", "dog", "cat", "balloon", "rocket", "tropical fish")
 _BACKGROUNDS = {
     "white": (255, 255, 255), "light blue": (190, 222, 250), "light green": (200, 235, 200),
     "pale yellow": (252, 243, 200), "grey": (205, 205, 208), "pink": (250, 210, 225),
@@ -113,6 +114,7 @@ def scenes(count: int) -> list[Scene]:
         SettingsError: there are not as many.
     """
     things = [p for p in catalogue() if p.group in _GROUPS and p.subgroup not in _SUBGROUPS_OUT]
+    things.sort(key=lambda p: p.name not in _FAMILIAR)
     per_thing = min(6, len(_MOTIONS))
     if count > len(things) * per_thing:
         raise SettingsError(
