@@ -319,10 +319,7 @@ class Store:
         Raises:
             StoreError: nothing is published, or a part is missing.
         """
-        if snapshot_id is None:
-            snapshot_id = self.current().snapshot
-        if snapshot_id is None:
-            raise StoreError("nothing is published", where=self.uri, remedy="Run `ace publish` first.")
+        snapshot_id = snapshot_id or self.published()
         if self.local is not None:
             return self.local
         assert self._cache is not None
@@ -342,6 +339,17 @@ class Store:
     def current(self) -> Current:
         """The published snapshot."""
         return read_current(self.location)
+
+    def published(self) -> str:
+        """Id of the published snapshot.
+
+        Raises:
+            StoreError: there is none.
+        """
+        snapshot_id = self.current().snapshot
+        if snapshot_id is None:
+            raise StoreError("nothing has been published here", where=self.uri, remedy="Run `ace publish` first.")
+        return snapshot_id
 
     def move_current(self, snapshot_id: str, seen: Current) -> None:
         """Publish a snapshot, unless somebody else published since ``seen`` was read."""

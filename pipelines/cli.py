@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.progress import Reporter
 
 CONFIG_NAME = "ace.yaml"
+INTERRUPTED = 130  # also what typer returns for Ctrl-C
 
 app = typer.Typer(
     name="ace",
@@ -258,7 +259,8 @@ def serve(
     from serve.app import run
 
     extra = [f"serve.{k}={v}" for k, v in (("host", host), ("port", port)) if v is not None]
-    settings, _, reporter = _context(config, [*(changes or []), *extra], store)
+    settings, opened, reporter = _context(config, [*(changes or []), *extra], store)
+    opened.published()
     reporter.say("starting the server ...")
     ensure_ray(settings.compute)
     run(settings, blocking=True, on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"))
@@ -309,13 +311,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code: Any = app(args=arguments, standalone_mode=False)
-        return int(code) if isinstance(code, int) else 0
+        if code != INTERRUPTED:
+            return int(code) if isinstance(code, int) else 0
     except AceError as e:
         show_error(e)
         return e.exit_code
-    except typer.Abort:
-        pass
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         pass
     except Exception as e:
         # Wrong options: typer's own errors say what is wrong and exit with 2.
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return int(e.exit_code)
     typer.echo("stopped; the same command goes on from here", err=True)
-    return 130
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def evaluate_stage(settings: Settings, store: Store, reporter: Reporter) -> dict
         StoreError: nothing is published.
         CorpusError: no caption was kept out of training.
     """
-    local = store.mirror()
-    snapshot = store.snapshot(store.current().snapshot or "")
+    snapshot = store.snapshot(store.published())
+    local = store.mirror(snapshot.id)
     corpus = load_corpus(store, snapshot.inputs["features"], settings)
     kinds = query_kinds(store, snapshot, corpus, settings)
     evaluation_id = fingerprint(

@@ -1,0 +1,154 @@
+"""The command line as a newcomer meets it: help, exit codes, errors with a remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ace_core.config import Settings, load_settings
+from ace_core.errors import AceError, MediaError, QualityError
+from ace_store import Store
+from pipelines import cli
+from pipelines.cluster import reraise
+from pipelines.describe import describe_settings
+
+COMMANDS = ["ingest", "publish", "search", "evaluate", "serve", "demo", "settings", "fit"]
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_help_is_fast_and_names_every_command() -> None:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", "--help"], capture_output=True, text=True, timeout=60
+        )
+        times.append(time.monotonic() - started)
+        assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+    assert "ace demo" in done.stdout
+    heavy = (
+        "import sys, pipelines.cli; print([m for m in ('ray', 'torch', 'transformers', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    assert min(times) < 5  # well under a second on a quiet machine
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "fit aligner", "fit quantizer", "fit generator", "fit all"])
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = _run(capsys, *command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out and len(out.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["serch"], 2, "search"),
+        (["search"], 2, "Missing argument 'text'"),
+        (["search", "x", "--bogus"], 2, "bogus"),
+        (["publish", "--set", "quantiser.coarse=3"], 2, "quantizer"),
+        (["publish", "--set", "quantizer.coarse=none"], 2, "quantizer.coarse"),
+        (["publish", "--set", "nonsense"], 2, "section.key=value"),
+        (["publish", "--config", "nowhere.yaml"], 2, "does not exist"),
+        (["ingest", "--set", "corpus.path=nowhere"], 3, "corpus folder does not exist"),
+        (["fit", "aligner"], 5, "ace ingest"),
+        (["fit", "quantizer"], 5, "ace fit aligner"),
+        (["fit", "generator"], 5, "ace fit quantizer"),
+        (["publish"], 5, "ace ingest"),
+        (["search", "x"], 5, "ace publish"),
+        (["evaluate"], 5, "ace publish"),
+        (["serve"], 5, "ace publish"),
+    ],
+)
+def test_mistakes_are_answered_with_a_remedy_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = _run(capsys, *arguments)
+    assert (got, said in err) == (code, True), err
+    assert err.startswith("error: ") and "Traceback" not in err and out == ""
+
+
+def test_a_store_of_another_version_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Store.open(tmp_path).write_json("STORE.json", {"format_version": 7})
+    code, _, err = _run(capsys, "publish", "--store", str(tmp_path))
+    assert code == 5 and "version 7" in err and "remedy:" in err
+
+
+def test_settings_come_from_the_file_here_and_the_command_line_wins(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ace.yaml").write_text("store: from-file\nsearch: {k: 7, beam: 33}\n")
+    code, out, _ = _run(capsys, "settings", "--set", "search.k=9", "--store", "s3://bucket/x")
+    shown = yaml.safe_load(out)
+    assert code == 0
+    assert (shown["store"], shown["search"]["k"], shown["search"]["beam"]) == ("s3://bucket/x", 9, 33)
+
+
+def test_printed_settings_read_back_equal(tmp_path: Path) -> None:
+    changed = load_settings(None, ("split.held_out=[a, b]", "encoders.text.path='a: # b'", "serve.port=0"))
+    for settings in (Settings(), changed):
+        (tmp_path / "all.yaml").write_text(describe_settings(settings))
+        assert load_settings(tmp_path / "all.yaml") == settings
+
+
+def test_an_unexpected_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(cli, "_context", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["publish"])
+
+
+def test_stopping_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_context", stopped)
+    code, _, err = _run(capsys, "publish")
+    assert code == 130 and "goes on from here" in err
+
+
+def test_errors_from_workers_come_out_as_they_were() -> None:
+    class Wrapped(MediaError):  # as Ray makes a class that is both its own error and ours
+        pass
+
+    inner = Wrapped("truncated", "it ends early", where="a.mp4", remedy="Copy it again.")
+    outer = RuntimeError("task failed")
+    outer.__cause__ = inner
+    with pytest.raises(MediaError) as media:
+        reraise(outer)
+    assert type(media.value) is MediaError and media.value.cause == "truncated" and media.value.where == "a.mp4"
+
+    class Failed(Exception):
+        def __init__(self) -> None:
+            self.worker_failures = {0: QualityError("collapsed", remedy="Use fewer codes.")}
+
+    with pytest.raises(AceError, match="collapsed") as quality:
+        reraise(Failed())
+    assert type(quality.value) is QualityError
+    with pytest.raises(ValueError, match="other"):
+        reraise(ValueError("other"))
