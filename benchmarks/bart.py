@@ -1,0 +1,178 @@
+"""A BART decoder spelled level by level: the same weights that `transformers.generate` runs, as a SpellingModel.
+
+Token t of level l is token ``offset[l] + t`` of BART's vocabulary. Against ``generate``: cross-attention keys and
+values are projected once for a query instead of once for a beam row, only rows that live are computed, and the head
+covers one level's tokens instead of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from ace_core.query import QueryBatch
+
+_START = 2  # BART's first decoder token
+_SPECIAL = 4
+
+
+def random_bart(vocab_sizes: Sequence[int], *, width: int = 256, layers: int = 2, seed: int = 0, sharpness: float = 8.0):
+    """A BART with random weights, sharp enough that its beams differ.
+
+    Returns:
+        BartForConditionalGeneration, in evaluation mode, whose encoder is not used.
+    """
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=_SPECIAL + sum(vocab_sizes), d_model=width, encoder_layers=1, decoder_layers=layers,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=width, decoder_ffn_dim=4 * width,
+        max_position_embeddings=64, dropout=0.0, decoder_start_token_id=_START, forced_eos_token_id=None,
+        pad_token_id=1, bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.model.decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1 / parameter.shape[1] ** 0.5)
+        model.model.shared.weight.mul_(sharpness / width**0.5 / model.model.shared.weight.std())
+    model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None
+    model.generation_config.pad_token_id = 1
+    return model
+
+
+def generate(
+    model, query: QueryBatch, beam: int, levels: int, allowed: Callable[[int, torch.Tensor], list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rival: ``transformers.generate`` with a prefix function, scores renormalised over the allowed tokens.
+
+    Returns:
+        tokens (n, beam, levels) in BART's numbering, and summed log-probabilities (n, beam), best first.
+    """
+    assert query.hidden is not None and query.mask is not None
+    out = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=query.hidden[:, -1]),
+        attention_mask=query.mask.long(), num_beams=beam, num_return_sequences=beam, max_new_tokens=levels,
+        min_new_tokens=levels, do_sample=False, length_penalty=0.0, prefix_allowed_tokens_fn=allowed,
+        renormalize_logits=True, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    n = len(query)
+    return out.sequences[:, 1:].view(n, beam, levels), out.sequences_scores.view(n, beam)
+
+
+@dataclass(frozen=True)
+class BartState:
+    """memory and past: per layer (keys, values); memory (n, heads, T, d), past (n, B, heads, t, d)."""
+
+    modality_logp: torch.Tensor
+    memory: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    mask: torch.Tensor
+    past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class BartSpeller:
+    """A :class:`~ace_core.decoding.SpellingModel` over a BART decoder."""
+
+    def __init__(self, model: BartForConditionalGeneration, vocab_sizes: Sequence[int]) -> None:
+        self.vocab_sizes = tuple(vocab_sizes)
+        self._decoder = model.model.decoder
+        self._heads = model.config.decoder_attention_heads
+        edges = torch.tensor([_SPECIAL, *vocab_sizes]).cumsum(0).tolist()
+        self.offsets = edges[:-1]
+        table = model.lm_head.weight.detach()
+        bias = model.final_logits_bias[0]
+        self._head = nn.ModuleList()
+        for a, b in zip(edges[:-1], edges[1:]):
+            linear = nn.Linear(table.shape[1], b - a)
+            linear.weight = nn.Parameter(table[a:b].clone(), requires_grad=False)
+            linear.bias = nn.Parameter(bias[a:b].clone(), requires_grad=False)
+            self._head.append(linear)
+
+    def quantised(self) -> BartSpeller:
+        """A copy whose linear layers are 8-bit (weights ahead, activations as they come)."""
+        import copy
+
+        out = copy.copy(self)
+        out._decoder = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._decoder), {nn.Linear}, torch.qint8)
+        out._head = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._head), {nn.Linear}, torch.qint8)
+        return out
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., heads, d)."""
+        return x.unflatten(-1, (self._heads, -1))
+
+    def _embed(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        """Tokens (..., p) in BART's numbering at positions position .. position + p - 1."""
+        decoder = self._decoder
+        x = decoder.embed_tokens(tokens)
+        places = decoder.embed_positions.weight[position + 2 : position + 2 + tokens.shape[-1]]
+        return decoder.layernorm_embedding(x + places)
+
+    def _run(
+        self, x: torch.Tensor, state: BartState, past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
+        """x (n, B, p, width) -> hidden states of its positions, and the keys and values with theirs appended."""
+        n, beams, new, width = x.shape
+        kept = []
+        for number, layer in enumerate(self._decoder.layers):
+            own = layer.self_attn
+            q = self._split(own.q_proj(x)).transpose(2, 3)  # (n, B, heads, p, d)
+            k = self._split(own.k_proj(x)).transpose(2, 3)
+            v = self._split(own.v_proj(x)).transpose(2, 3)
+            if past:
+                k, v = torch.cat([past[number][0], k], 3), torch.cat([past[number][1], v], 3)
+            kept.append((k, v))
+            causal = None
+            if new > 1:
+                causal = torch.ones(new, k.shape[3], dtype=torch.bool, device=x.device).tril(k.shape[3] - new)
+            y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=causal)
+            y = y.transpose(1, 2).reshape(n, beams, new, width)
+            x = layer.self_attn_layer_norm(x + own.out_proj(y))
+            cross = layer.encoder_attn
+            q = self._split(cross.q_proj(x)).flatten(1, 2).transpose(1, 2)  # (n, heads, B * p, d): one query's rows
+            y = F.scaled_dot_product_attention(q, *state.memory[number], attn_mask=state.mask)
+            y = y.transpose(1, 2).reshape(n, beams, new, width)
+            x = layer.encoder_attn_layer_norm(x + cross.out_proj(y))
+            x = layer.final_layer_norm(x + layer.fc2(F.gelu(layer.fc1(x))))
+        return x, tuple(kept)
+
+    def start(self, query: QueryBatch) -> BartState:
+        assert query.hidden is not None and query.mask is not None
+        hidden = query.hidden[:, -1]
+        memory = tuple(
+            (
+                self._split(layer.encoder_attn.k_proj(hidden)).transpose(1, 2),
+                self._split(layer.encoder_attn.v_proj(hidden)).transpose(1, 2),
+            )
+            for layer in self._decoder.layers
+        )
+        empty = BartState(hidden, memory, query.mask[:, None, None], ())
+        first = torch.full((len(query), 1, 1), _START, device=hidden.device)
+        y, past = self._run(self._embed(first, 0), empty, ())
+        return replace(empty, modality_logp=F.log_softmax(self._head[0](y[:, 0, 0]), -1), past=past)
+
+    def _continued(self, state: BartState, rows: torch.Tensor | None, beams: int):
+        if rows is None:
+            return tuple(tuple(t.expand(-1, beams, -1, -1, -1) for t in of_layer) for of_layer in state.past)
+        n = torch.arange(len(rows), device=rows.device)[:, None]
+        return tuple(tuple(t[n, rows] for t in of_layer) for of_layer in state.past)
+
+    def step(self, state: BartState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int):
+        past = self._continued(state, parents, tokens.shape[1])
+        y, past = self._run(self._embed(tokens[..., None] + self.offsets[level - 1], level), state, past)
+        return F.log_softmax(self._head[level](y[:, :, 0]), -1), replace(state, past=past)
+
+    def score(self, state: BartState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int) -> torch.Tensor:
+        read = tokens[..., :-1] + torch.tensor(self.offsets[level - 1 : level - 2 + tokens.shape[2]])
+        y, _ = self._run(self._embed(read, level), state, self._continued(state, parents, tokens.shape[1]))
+        scored = [
+            F.log_softmax(self._head[level + i](y[:, :, i]), -1).gather(2, tokens[..., i + 1 : i + 2])
+            for i in range(tokens.shape[2] - 1)
+        ]
+        return torch.cat(scored, 2)

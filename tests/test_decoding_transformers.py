@@ -1,0 +1,60 @@
+"""Beam search equals `transformers.generate` with a prefix function, on the same weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from ace_core.decoding import beam_search
+from ace_core.filters import ItemMask
+from ace_core.query import QueryBatch
+from benchmarks.bart import BartSpeller, generate, random_bart
+from benchmarks.rivals import DictTrie
+from tests.decoding_reference import build
+
+SIZES = (3, 12, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
+    codes = np.stack([rng.integers(0, s, 600) for s in SIZES], 1).astype(np.uint16)
+    index, ordered, _ = build(codes, SIZES)
+    bart = random_bart(SIZES, width=32)
+    torch.manual_seed(1)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    query = QueryBatch(torch.zeros(3, 4), torch.randn(3, 1, 7, 32), mask)
+    return index, ordered, bart, BartSpeller(bart, SIZES), query
+
+
+def _allowed_by(trie, offsets):
+    def allowed(_, sent):
+        prefix = [t - o for t, o in zip(sent.tolist()[1:], offsets)]
+        return [t + offsets[len(prefix)] for t in trie.children(prefix)]
+
+    return allowed
+
+
+@pytest.mark.parametrize("share", [1.0, 0.05])
+def test_the_same_identifiers_in_the_same_order(world, share):
+    index, ordered, bart, speller, query = world
+    allowed = np.random.default_rng(1).random(len(ordered)) < share
+    trie = DictTrie(ordered[allowed])
+    with torch.inference_mode():
+        tokens, scores = generate(bart, query, 6, len(SIZES), _allowed_by(trie, speller.offsets))
+    found = beam_search(speller, query, [index], [ItemMask.of(allowed)], beam=6, scoring="children", limit=1000)
+    for q in range(3):
+        ours = {tuple(c): p for c, p in zip(found.codes[q].tolist(), found.log_prob[q]) if np.isfinite(p)}
+        theirs = [tuple((row - torch.tensor(speller.offsets)).tolist()) for row in tokens[q]]
+        assert list(ours) == theirs
+        np.testing.assert_allclose(list(ours.values()), scores[q].numpy(), atol=1e-4)
+
+
+def test_an_early_finish_equals_stepping(world):
+    index, _, _, speller, query = world
+    plain = beam_search(speller, query, [index], beam=600, limit=600)
+    early = beam_search(speller, query, [index], beam=600, limit=600, finish=600)
+    for q in range(3):  # near ties may swap
+        a, b = np.argsort(plain.row[q]), np.argsort(early.row[q])
+        assert plain.row[q][a].tolist() == early.row[q][b].tolist()
+        np.testing.assert_allclose(plain.log_prob[q][a], early.log_prob[q][b], atol=1e-4)
