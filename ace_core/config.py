@@ -109,7 +109,7 @@ class QuantizerSettings(Section):
     fine_levels: int = Field(3, ge=1, le=8, description="fine tokens of an identifier")
     fine_codes: int = Field(256, ge=2, le=65536, description="codes of one fine level")
     kmeans_iterations: int = Field(25, ge=1)
-    epochs: int = Field(30, ge=0, description="passes of the RQ-VAE over the corpus")
+    epochs: int = Field(20, ge=0, description="passes of the RQ-VAE over the corpus")
     batch_size: int = Field(1024, ge=8)
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.25, ge=0, description="weight of the commitment loss")
@@ -131,10 +131,14 @@ class GeneratorSettings(Section):
     weight_decay: float = Field(0.05, ge=0)
     r_drop: float = Field(0.1, ge=0, description="weight of the R-Drop term (a second pass); 0 for one pass")
     item_loss: float = Field(1.0, ge=0, description="weight of the loss that trains the refined query against items")
-    soft_targets: float = Field(
-        0.5, ge=0, le=1, description="share of a target that goes to items similar by the aligned space"
+    item_smoothing: float = Field(
+        0.3, ge=0, le=1, description="share of the item loss' target that goes to items similar in the aligned space"
     )
-    candidates: int = Field(2048, ge=2, description="items that a step's targets are spread over")
+    soft_targets: float = Field(
+        0.9, ge=0, le=1, description="share of what the decoder learns to spell that the refined query finds itself"
+    )
+    sharpness: float = Field(1.5, gt=0, description="how much those favour the nearest items; 1 is as calibrated")
+    candidates: int = Field(8192, ge=2, description="items that a step's targets are spread over")
     virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
     virtual_noise: float = Field(
         1.0, ge=0, description="noise of a virtual query: a factor on the gap of a real caption, or without captions its norm"

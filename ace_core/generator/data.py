@@ -28,9 +28,7 @@ class TrainingData:
         hidden: (P, S, T, E) float16, the captions' token features (a memory-map is fine).
         mask: (P, T) bool.
         rows: (P,) int64, each caption's item.
-        teacher_items, teacher_queries: (N, D_t), (P, D_t) float32, L2-normalised vectors of a stronger teacher for the
-            soft targets; by default the vectors above.
-        teacher_scale: the teacher's inverse temperature.
+        teacher_scale: inverse temperature of the aligned space (``Aligner.scale``).
     """
 
     vectors: np.ndarray
@@ -40,8 +38,6 @@ class TrainingData:
     mask: np.ndarray
     rows: np.ndarray
     teacher_scale: float
-    teacher_items: np.ndarray | None = None
-    teacher_queries: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.vectors) != len(self.codes) or not len(self.vectors):

@@ -49,8 +49,8 @@ def level_targets(
     """Distributions over each level's tokens, given the tokens before: the target over items, seen by prefix.
 
     Args:
-        target: (n, C) distribution over candidate items; positive at the item whose identifier is ``path``.
-        codes: (C, levels) int64, the candidates' identifiers.
+        target: (n, C) each query's distribution over its candidates; positive where the identifier is ``path``.
+        codes: (n, C, levels) int64, the candidates' identifiers.
         path: (n, levels) int64, the identifiers that teacher forcing follows.
 
     Returns:
@@ -60,7 +60,7 @@ def level_targets(
     out = []
     for level, size in enumerate(vocab_sizes):
         mass = torch.zeros(len(target), size, device=target.device)
-        mass.index_add_(1, codes[:, level], weight)
+        mass.scatter_add_(1, codes[:, :, level], weight)
         out.append(mass / mass.sum(1, keepdim=True).clamp_min(1e-20))
-        weight = weight * (codes[None, :, level] == path[:, level, None])
+        weight = weight * (codes[:, :, level] == path[:, level, None])
     return out

@@ -36,6 +36,23 @@ _START_SCALE = 20.0
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was read of n queries.
+
+    Attributes:
+        vector: (n, D) float32, the refined query q'.
+        z: (n, t, width), the blend of the memories, None without coarse fusion.
+        memories: S tensors (n, t, width).
+        mask: (n, 1, 1, t) bool, True at positions that are there.
+    """
+
+    vector: torch.Tensor
+    z: torch.Tensor | None
+    memories: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DecoderState:
     """A batch of n queries in the middle of being spelled, B beam rows each.
 
@@ -192,7 +209,7 @@ class Generator(nn.Module):
 
     def refine(self, query: QueryBatch) -> torch.Tensor:
         """The refined query q' (n, D) float32, L2-normalised and then a 1: what similarities are measured with."""
-        return self._refined(query, *self._memories(query))
+        return self.read(query).vector
 
     # -- heads ------------------------------------------------------------------------------------------------------
 
@@ -245,25 +262,30 @@ class Generator(nn.Module):
         Returns:
             Logits of every level, (n, V_l) each, the modality's first. Level l has seen the tokens before l.
         """
-        return self.forward_with_vector(query, codes)[0]
+        return self.spell(self.read(query), codes)
 
-    def forward_with_vector(self, query: QueryBatch, codes: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """:meth:`forward`, and the refined query (n, D) that it used."""
+    def read(self, query: QueryBatch) -> Reading:
+        """Read queries, once for any number of :meth:`spell` calls."""
         z, memories, mask = self._memories(query)
-        vector = self._refined(query, z, memories, mask)
+        return Reading(self._refined(query, z, memories, mask), z, tuple(memories), mask)
+
+    def spell(self, reading: Reading, codes: torch.Tensor) -> list[torch.Tensor]:
+        """:meth:`forward` of queries that were read already."""
         y = self._inputs(codes[:, :-1])
         for layer in self._decoder:
-            y = layer(y, layer.own_keys_values(y), layer.fusion.project(z, memories), mask, 1)
+            kept = layer.fusion.project(reading.z, list(reading.memories))
+            y = layer(y, layer.own_keys_values(y), kept, reading.mask, 1)
         y = self._final_norm(y)
+        vector = reading.vector
         levels = [self._level_logits(self._steered(vector, y[:, i], i + 1), i + 1) for i in range(self.levels - 1)]
-        return [self._modality_logits(vector), *levels], vector
+        return [self._modality_logits(vector), *levels]
 
     def start(self, query: QueryBatch) -> DecoderState:
         """Read queries: everything that does not depend on what is spelled is computed here, once."""
-        z, memories, mask = self._memories(query)
-        vector = self._refined(query, z, memories, mask)
-        kept = tuple(layer.fusion.project(z, memories) for layer in self._decoder)
-        return DecoderState(vector, F.log_softmax(self._modality_logits(vector), -1), kept, mask)
+        reading = self.read(query)
+        kept = tuple(layer.fusion.project(reading.z, list(reading.memories)) for layer in self._decoder)
+        modality = F.log_softmax(self._modality_logits(reading.vector), -1)
+        return DecoderState(reading.vector, modality, kept, reading.mask)
 
     def step(
         self, state: DecoderState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int

@@ -25,6 +25,7 @@ from ace_core.generator.model import Generator
 from ace_core.query import QueryBatch
 
 _CLIP = 1.0
+_NEAREST = 256  # items that a query's spelling targets are spread over
 _REPORT_EVERY = 10
 
 
@@ -52,10 +53,6 @@ class _Corpus:
         self.rows = torch.from_numpy(np.asarray(data.rows, np.int64)).to(device)
         queries = torch.from_numpy(np.asarray(data.query_vectors, np.float32)).to(device)
         self.gaps = queries - self.vectors[self.rows]
-        self.teacher_items, self.teacher_queries = self.vectors, queries
-        if data.teacher_items is not None and data.teacher_queries is not None:
-            self.teacher_items = torch.from_numpy(data.teacher_items).to(device)
-            self.teacher_queries = torch.from_numpy(data.teacher_queries).to(device)
         _, texts = np.unique(data.query_vectors, axis=0, return_inverse=True)
         self.texts = torch.from_numpy(texts.reshape(-1)).to(device)
 
@@ -187,14 +184,11 @@ def _caption_loss(
     draw: torch.Generator,
 ) -> tuple[torch.Tensor, int]:
     at = torch.from_numpy(chosen).to(corpus.device)
-    rows = corpus.rows[at]
-    own = rows[:, None] == candidates
+    own = corpus.rows[at][:, None] == candidates
     twin = (corpus.texts[at][:, None] == corpus.texts[at]).float()  # captions of the batch with the same text
     own = (twin @ own.float()) > 0
-    similarity = corpus.teacher_queries[at] @ corpus.teacher_items[candidates].T
-    target = item_targets(own, similarity, corpus.data.teacher_scale, settings.soft_targets)
     query = caption_queries(corpus.data, chosen, corpus.device)
-    return _loss(generator, corpus, settings, query, target, candidates, draw), len(chosen)
+    return _loss(generator, corpus, settings, query, own, candidates, draw), len(chosen)
 
 
 def _virtual_loss(
@@ -206,10 +200,7 @@ def _virtual_loss(
     draw: torch.Generator,
 ) -> tuple[torch.Tensor, int]:
     query = virtual_queries(corpus.vectors, rows, corpus.gaps, settings.virtual_noise, draw)
-    own = rows[:, None] == candidates
-    similarity = query.vector @ corpus.vectors[candidates].T
-    target = item_targets(own, similarity, corpus.data.teacher_scale, settings.soft_targets)
-    return _loss(generator, corpus, settings, query, target, candidates, draw), len(rows)
+    return _loss(generator, corpus, settings, query, rows[:, None] == candidates, candidates, draw), len(rows)
 
 
 def _loss(
@@ -217,25 +208,40 @@ def _loss(
     corpus: _Corpus,
     settings: GeneratorSettings,
     query: QueryBatch,
-    target: torch.Tensor,
+    own: torch.Tensor,
     candidates: torch.Tensor,
     draw: torch.Generator,
 ) -> torch.Tensor:
-    """Cross-entropy of the identifiers and of the items, plus R-Drop; mean over the queries."""
-    codes = corpus.codes[candidates]
-    path = codes[_sample(target, draw)]
-    wanted = level_targets(target, codes, path, generator.vocab_sizes)
-    passes = 2 if settings.r_drop else 1
+    """The item loss of the refined query, the spelling loss of the decoder, R-Drop; mean over the queries.
+
+    The refined query is trained to find the query's own items; the decoder is trained to spell what the refined query
+    finds, item by item in proportion (``soft_targets``), and its own items for the rest. What the decoder is asked to
+    spell therefore includes items that no caption names: this is what keeps it from preferring those it saw.
+    """
+    items = corpus.vectors[candidates]
+    with torch.no_grad():
+        base = query.vector @ items.T
+    find = item_targets(own, base, corpus.data.teacher_scale, settings.item_smoothing)
+    bf16 = torch.autocast(corpus.device.type, torch.bfloat16, enabled=corpus.device.type == "cuda")
+    with bf16:
+        reading = generator.read(query)
+    similarity = reading.vector @ items.T
+    loss = settings.item_loss * soft_cross_entropy(generator.item_scale * similarity, find)
+
+    with torch.no_grad():
+        sharp = settings.sharpness * corpus.data.teacher_scale
+        spell = item_targets(own, similarity.detach(), sharp, settings.soft_targets)
+        near = spell.topk(min(_NEAREST, spell.shape[1]), dim=1)
+        spell = near.values / near.values.sum(1, keepdim=True)
+        codes = corpus.codes[candidates[near.indices]]
+        path = codes[torch.arange(len(codes), device=codes.device), _sample(spell, draw)]
+        wanted = level_targets(spell, codes, path, generator.vocab_sizes)
     outputs = []
-    loss = torch.zeros((), device=target.device)
-    for _ in range(passes):
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.device.type == "cuda"):
-            logits, vector = generator.forward_with_vector(query, path)
-        spelled = torch.stack([soft_cross_entropy(a, w) for a, w in zip(logits, wanted)]).sum()
-        scale = generator.item_scale
-        found = soft_cross_entropy(scale * vector @ corpus.vectors[candidates].T, target)
-        loss = loss + (spelled + settings.item_loss * found) / passes
-        outputs.append(logits)
+    for _ in range(2 if settings.r_drop else 1):
+        with bf16:
+            outputs.append(generator.spell(reading, path))
+    spelled = [soft_cross_entropy(a, w) for logits in outputs for a, w in zip(logits, wanted)]
+    loss = loss + torch.stack(spelled).sum() / len(outputs)
     if settings.r_drop:
         loss = loss + settings.r_drop * r_drop(*outputs)
     return loss

@@ -66,7 +66,14 @@ class Quantizer:
 
     @cached_property
     def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(t.T.copy(), 0.5 * np.square(t).sum(1)) for t in (self.coarse, *self.latents)]
+        """Per level (D or d, V) and (V,): the nearest code has the largest ``left @ first - second``."""
+        coarse = (np.ascontiguousarray(self.metric @ self.coarse.T), 0.5 * np.square(self.coarse).sum(1))
+        return [coarse, *((t.T.copy(), 0.5 * np.square(t).sum(1)) for t in self.latents)]
+
+    @cached_property
+    def _to_latent(self) -> tuple[np.ndarray, np.ndarray]:
+        """(D, d) from centred vectors to latents, and (K, d), each centroid's latent."""
+        return self.metric @ self.encoder, self.coarse @ self.encoder
 
     def assign(self, x: np.ndarray, modality_tokens: np.ndarray) -> np.ndarray:
         """Identifiers of item vectors.
@@ -83,16 +90,17 @@ class Quantizer:
         codes[:, 0] = modality_tokens
         for start in range(0, n, _BLOCK):
             rows = slice(start, start + _BLOCK)
-            left = (np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]) @ self.metric
-            for level, table in enumerate((self.coarse, *self.latents), start=1):
-                transposed, half_norm = self._tables[level - 1]
-                scores = left @ transposed
+            left = np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]
+            for level, (table, half_norm) in enumerate(self._tables, start=1):
+                scores = left @ table
                 scores -= half_norm
                 token = scores.argmax(1)
                 codes[rows, level] = token
-                left -= table[token]
                 if level == 1:
-                    left = left @ self.encoder
+                    left = left @ self._to_latent[0]
+                    left -= self._to_latent[1][token]
+                elif level + 1 < self.levels:
+                    left -= self.latents[level - 2][token]
         return codes
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:

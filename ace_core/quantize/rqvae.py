@@ -7,10 +7,13 @@ quantisation z ≈ e_1[v_1] + ... + e_M[v_M] with each v_m nearest to what the l
 
 The reconstruction term reaches the decoder, the codebooks (directly, all levels jointly) and the encoder (straight
 through); the commitment term reaches the encoder alone. Codebooks start as residual K-Means and the two linear maps
-as the identity, so the first loss is that of residual K-Means and training can only lower it.
+as the identity, so the first loss is that of residual K-Means; the epoch with the lowest reconstruction error over
+all items is kept, so training can only lower it.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import nn
@@ -19,6 +22,9 @@ from ace_core.collective import Collective, average_gradients, broadcast_paramet
 from ace_core.config import QuantizerSettings
 from ace_core.fitting import FitHooks, Progress, generator_for, warmup_cosine
 from ace_core.quantize.kmeans import Shard, fit_kmeans, gather_rows, nearest
+
+_BLOCK = 8192
+_ENCODER_FACTOR = 0.1  # its gradient is a straight-through estimate: at full rate the tokens drift
 
 
 class RQVAE(nn.Module):
@@ -96,7 +102,7 @@ def fit_rqvae(
     hooks: FitHooks,
     seed: int = 0,
 ) -> tuple[RQVAE, dict[str, float]]:
-    """Fit to the residuals of a shard; every worker returns the same model and the last epoch's figures."""
+    """Fit to the residuals of a shard; every worker returns the same model and its reconstruction error."""
     device, dim = shard.points.device, shard.points.shape[1]
     model = RQVAE(dim, settings.fine_levels, codes).to(device)
     model.start_as_kmeans(shard, settings.kmeans_iterations, collective, seed)
@@ -104,16 +110,20 @@ def fit_rqvae(
     steps = max(1, shard.total // settings.batch_size)
     local = max(1, min(settings.batch_size, shard.total) // collective.world_size)
     total = steps * settings.epochs
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    metrics: dict[str, float] = {}
+    groups = [
+        {"params": [model.decoder, *model.codebooks], "factor": 1.0},
+        {"params": [model.encoder], "factor": _ENCODER_FACTOR},
+    ]
+    optimizer = torch.optim.Adam(groups, settings.learning_rate)
+    metrics = {"reconstruction": _error(model, shard, collective)}
+    best, kept = metrics["reconstruction"], copy.deepcopy(model.state_dict())
     for epoch in range(settings.epochs):
         counts = torch.zeros(settings.fine_levels, codes, device=device)
-        sums = torch.zeros(3, device=device)
         order = torch.randperm(len(shard.points), generator=generator_for(seed, 11, epoch, collective.rank))
         order = order.repeat(1 + steps * local // max(1, len(order))).to(device)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warmup_cosine(epoch * steps + step, total)
+                group["lr"] = settings.learning_rate * group["factor"] * warmup_cosine(epoch * steps + step, total)
             rows = shard.points[order[step * local : (step + 1) * local]]
             reconstruction, commitment, chosen = model.losses(rows)
             optimizer.zero_grad(set_to_none=True)
@@ -122,13 +132,21 @@ def fit_rqvae(
             optimizer.step()
             for level in range(settings.fine_levels):
                 counts[level] += torch.bincount(chosen[:, level], minlength=codes)
-            sums += torch.stack([reconstruction.detach(), commitment.detach(), torch.ones((), device=device)])
-        sums = collective.all_reduce(sums)
         revived = model.revive(collective.all_reduce(counts), shard, collective, seed + epoch)
-        metrics = {
-            "reconstruction": float(sums[0] / sums[2]),
-            "commitment": float(sums[1] / sums[2]),
-            "revived": float(revived),
-        }
+        metrics = {"reconstruction": _error(model, shard, collective), "revived": float(revived)}
+        if metrics["reconstruction"] < best:
+            best, kept = metrics["reconstruction"], copy.deepcopy(model.state_dict())
         hooks.on_progress(Progress("rq-vae", (epoch + 1) * steps, total, metrics))
-    return model, metrics
+    model.load_state_dict(kept)
+    return model, metrics | {"reconstruction": best}
+
+
+@torch.no_grad()
+def _error(model: RQVAE, shard: Shard, collective: Collective) -> float:
+    """Mean squared element of r - r̂ over all workers' points."""
+    losses = [
+        model.losses(shard.points[i : i + _BLOCK])[0] * len(shard.points[i : i + _BLOCK])
+        for i in range(0, len(shard.points), _BLOCK)
+    ]
+    local = torch.stack(losses).sum()[None] if losses else torch.zeros(1, device=shard.points.device)
+    return float(collective.all_reduce(local)[0]) / shard.total
