@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ace_core.errors import ModelError
@@ -56,7 +57,7 @@ def _load(loader: Any, source: str, local: bool, setting: str) -> Any:
     extra: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True} if is_model else {}
     try:
         part = loader.from_pretrained(source, **extra)
-    except (OSError, ValueError, ImportError, KeyError) as e:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as e:
         remedy = (
             f"Check the files in that folder, or {setting}."
             if local
