@@ -207,9 +207,13 @@ class Service:
 
         async def watch() -> None:
             while True:
-                with contextlib.suppress(Overloaded, Unavailable, TimeoutError):
+                try:
                     async with asyncio.timeout(_PROBE_SECONDS):
                         self._note(await self.backend.state())
+                except (Overloaded, Unavailable, TimeoutError):
+                    pass  # searches and /readyz say so
+                except Exception:  # whatever it is, the next look may find it gone
+                    _log.exception("the replicas could not be asked what they serve")
                 await asyncio.sleep(self.settings.serve.watch_seconds)
 
         watching = asyncio.ensure_future(watch())

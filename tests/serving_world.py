@@ -90,7 +90,7 @@ def _picture(shape: str, rgb: tuple[int, int, int], size: int = 96, x: int = 48)
 
 def _clip(path: Path, rgb: tuple[int, int, int]) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
+        stream = container.add_stream("libx264", rate=8)
         stream.width = stream.height = 96
         stream.pix_fmt = "yuv420p"
         for step in range(8):

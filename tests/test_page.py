@@ -1,0 +1,356 @@
+"""The search page in a headless Chromium, as a person uses it: real items, a backend of words in place of models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import uvicorn
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from ace_core.config import ServeSettings, Settings
+from serve.auth import new_key
+from serve.http import build_http
+from tests.serving_world import CREDIT, WordBackend, draw_corpus, publish
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run", "--autoplay-policy=no-user-gesture-required",
+]  # fmt: skip
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    address: str
+    backend: WordBackend
+    corpus: Path
+
+
+def _serve(settings: Settings, backend: WordBackend) -> tuple[uvicorn.Server, threading.Thread, str]:
+    server = uvicorn.Server(uvicorn.Config(build_http(settings, backend), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    return server, thread, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    publish(folder / "store", folder / "corpus", draw_corpus(folder / "corpus"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(world: Path) -> Iterator[Site]:
+    backend = WordBackend(str(world / "store"))
+    settings = Settings(store=str(world / "store"), serve=ServeSettings(watch_seconds=0.1))
+    server, thread, address = _serve(settings, backend)
+    yield Site(address, backend, world / "corpus")
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def site(running: Site) -> Iterator[Site]:
+    yield running
+    running.backend.down = running.backend.broken = running.backend.full = False
+    running.backend.refused, running.backend.delay = None, 0.0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails its test on any error in its console but those of a failed request."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    errors: list[str] = []
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "status of" not in m.text else None)
+    yield page
+    context.close()
+    assert not errors
+
+
+def _cards(page: Page) -> list[str]:
+    return page.locator(".card").evaluate_all("cards => cards.map(c => c.dataset.id)")
+
+
+def _search(page: Page, text: str) -> None:
+    page.get_by_label("What are you looking for?").fill(text)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=f"“{text}”")).to_be_visible()
+
+
+def test_a_search_shows_pictures_sounds_and_clips(site: Site, page: Page) -> None:
+    page.goto(site.address)
+    expect(page.get_by_role("heading", name="From this corpus")).to_be_visible()
+    _search(page, "red circle")
+    first = page.locator(".card").first
+    expect(first).to_contain_text("circle")
+    expect(first).to_contain_text(re.compile(r"9\d %"))
+    assert set(_cards(page)[:2]) == {"red-circle", "clips/red moves"}
+    shown = page.locator(".card[data-id=red-circle] img")
+    shown.scroll_into_view_if_needed()
+    page.wait_for_function("e => e.complete && e.naturalWidth === 96", arg=shown.element_handle())
+    clip = page.locator(".card[data-id='clips/red moves'] video")
+    assert clip.get_attribute("src") == "/media/clips/red%20moves"
+    expect(page.locator(".card[data-id='tone-440'] .sound")).to_have_count(1)
+    assert page.title() == "red circle · ACE"
+
+
+def test_a_sound_shows_its_waveform_and_plays(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=440+hertz&m=audio")
+    card = page.locator(".card[data-id='tone-440']")
+    expect(card.locator("time")).to_have_text("1.0 s")  # read from the decoded file
+    card.get_by_role("button", name="Play a tone of 440 hertz").click()
+    page.wait_for_function("a => a.currentTime > 0 || a.ended", arg=card.locator("audio").element_handle())
+
+
+def test_modalities_and_filters_narrow_the_search(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red")
+    expect(page.locator(".card")).to_have_count(20)
+    page.get_by_role("button", name=re.compile("^Pictures")).click()
+    expect(page.locator(".card")).to_have_count(12)
+    page.get_by_role("button", name=re.compile("^Filters")).click()
+    page.get_by_role("button", name=re.compile("^blue")).click()
+    expect(page.locator(".card")).to_have_count(3)
+    page.get_by_role("button", name=re.compile("^green")).click()
+    expect(page.locator(".card")).to_have_count(6)
+    assert all(name.startswith(("blue", "green")) for name in _cards(page))
+    page.reload()  # the address holds all of it
+    expect(page.locator(".card")).to_have_count(6)
+    page.go_back()
+    expect(page.locator(".card")).to_have_count(3)
+    page.get_by_role("button", name=re.compile("^Filters")).click()
+    page.get_by_role("button", name="Clear all filters").click()
+    expect(page.locator(".card")).to_have_count(12)
+
+
+def test_no_match_is_said_plainly(site: Site, page: Page) -> None:
+    page.goto(site.address)
+    _search(page, "quantum chromodynamics")
+    expect(page.get_by_text("No confident match", exact=True)).to_be_visible()
+    page.goto(f"{site.address}/?q=red&f.colour=%22mauve%22")
+    expect(page.get_by_text("No item passes these filters.")).to_be_visible()
+    page.get_by_role("button", name="Search without filters").click()
+    expect(page.locator(".card")).to_have_count(20)
+
+
+def test_more_like_this_and_back(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=blue+square&m=image")
+    page.locator(".card[data-id=blue-square]").get_by_role("button", name="More like a blue square, picture").click()
+    expect(page.get_by_role("heading", name="Like “a blue square”")).to_be_visible()
+    assert "like=blue-square" in page.url and "m=image" in page.url
+    assert _cards(page)[0] == "blue-square"
+    page.go_back()
+    expect(page.get_by_role("heading", name="“blue square”")).to_be_visible()
+
+
+def test_a_file_can_be_picked_or_dropped_to_search_by(site: Site, page: Page) -> None:
+    page.goto(site.address)
+    picture = site.corpus / "pictures/red-circle.png"
+    page.get_by_label("File to search by").set_input_files(picture)
+    expect(page.get_by_role("heading", name="Like red-circle.png")).to_be_visible()
+    assert "red-circle" in _cards(page)[:2]
+    page.goto(site.address)
+    expect(page.locator(".card").first).to_be_visible()
+    data = page.evaluate_handle(
+        """bytes => { const d = new DataTransfer();
+        d.items.add(new File([new Uint8Array(bytes)], 'dropped.png', { type: 'image/png' })); return d; }""",
+        list(picture.read_bytes()),
+    )
+    page.dispatch_event("body", "dragenter", {"dataTransfer": data})
+    expect(page.get_by_text("Drop a picture")).to_be_visible()
+    page.dispatch_event("body", "drop", {"dataTransfer": data})
+    expect(page.get_by_role("heading", name="Like dropped.png")).to_be_visible()
+    expect(page.get_by_text("Drop a picture")).to_be_hidden()
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("Drop it again")
+
+
+def test_a_bad_file_says_what_is_wrong(site: Site, page: Page, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    page.goto(site.address)
+    page.get_by_label("File to search by").set_input_files(tmp_path / "notes.txt")
+    expect(page.get_by_role("alert")).to_contain_text("not a picture, sound or clip")
+
+
+def test_identifier_chips_browse_the_cluster(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=blue+square&m=image")
+    chips = page.locator(".card[data-id=blue-square] .spell a")
+    expect(chips).to_have_count(4)
+    chips.nth(1).click()
+    expect(page.get_by_text("4 items whose identifier begins like this")).to_be_visible()
+    assert "cluster=image-1" in page.url and all(name.endswith("square") for name in _cards(page))
+    page.get_by_role("navigation", name="Finer clusters").get_by_role("link").first.click()
+    expect(page.get_by_text("1 item whose identifier begins like this")).to_be_visible()
+
+
+def test_one_item_is_looked_at_and_linked_to(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red+square&m=image")
+    page.get_by_role("button", name="Look at a red square, picture").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("heading", name="a red square")).to_be_visible()
+    expect(dialog).to_contain_text("square in red")
+    expect(dialog.locator(".steps li")).to_have_count(4)  # how it was spelled, with probabilities
+    expect(dialog.locator(".steps li").last).to_contain_text("60 %")
+    expect(dialog).to_contain_text("corners")
+    address = page.url
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert "item=" not in page.url
+    page.goto(address)
+    expect(page.get_by_role("dialog").get_by_role("heading", name="a red square")).to_be_visible()
+
+
+def test_the_search_can_be_copied_as_curl(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=it's+red&m=image&f.corners=4")
+    page.get_by_role("button", name="curl").click()
+    expect(page.get_by_text("Command copied")).to_be_visible()
+    command = page.evaluate("navigator.clipboard.readText()")
+    words = shlex.split(command)
+    assert words[:3] == ["curl", "-s", f"{site.address}/v1/search"]
+    body = json.loads(words[-1])
+    assert body["text"] == "it's red" and body["modality"] == ["image"] and body["filters"] == {"corners": [4]}
+
+
+def test_the_keyboard_is_enough(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red&m=image")
+    expect(page.locator(".card")).to_have_count(12)
+    focused = "document.activeElement.closest('.card')?.dataset.id"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == _cards(page)[0]
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == _cards(page)[1]
+    page.keyboard.press("ArrowDown")
+    row = page.evaluate("getComputedStyle(document.querySelector('.grid')).gridTemplateColumns.split(' ').length")
+    assert page.evaluate(focused) == _cards(page)[1 + row]
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    assert page.evaluate(focused) == _cards(page)[1 + row], "focus comes back to where it was"
+    page.keyboard.press("/")
+    page.keyboard.type("blue triangle")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="“blue triangle”")).to_be_visible()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("m")
+    expect(page.get_by_role("heading", name="Like “a blue triangle”")).to_be_visible()
+
+
+def test_a_server_error_is_said_and_can_be_tried_again(site: Site, page: Page) -> None:
+    page.goto(site.address)
+    site.backend.broken = True
+    page.get_by_label("What are you looking for?").fill("red")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Something went wrong")
+    site.backend.broken = False
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".card").first).to_be_visible()
+
+
+def test_a_busy_server_is_waited_for(site: Site, page: Page) -> None:
+    site.backend.full = True
+    page.goto(f"{site.address}/?q=red")
+    expect(page.locator("#said")).to_contain_text("busy")
+    site.backend.full = False
+    expect(page.locator(".card").first).to_be_visible()
+
+
+def test_the_footer_names_snapshot_credits_and_refusals(site: Site, page: Page) -> None:
+    site.backend.refused = "second"
+    time.sleep(0.3)
+    page.goto(site.address)
+    expect(page.locator("footer")).to_contain_text("first")
+    expect(page.locator("footer")).to_contain_text("20 items")
+    expect(page.locator("footer")).to_contain_text(CREDIT)
+    expect(page.locator("#refused")).to_contain_text("SHA-256")
+
+
+def test_a_key_is_asked_for_and_opens_everything(world: Path, page: Page) -> None:
+    secret, line = new_key("read", "page")
+    (world / "keys.txt").write_text(line)
+    settings = Settings(store=str(world / "store"), serve=ServeSettings(keys_file=str(world / "keys.txt")))
+    server, thread, address = _serve(settings, WordBackend(str(world / "store")))
+    try:
+        page.goto(f"{address}/?q=red+circle")
+        page.get_by_label("API key", exact=True).last.fill("wrong")
+        page.get_by_role("button", name="Use this key").click()
+        expect(page.get_by_role("dialog")).to_contain_text("not known here")
+        page.get_by_label("API key", exact=True).last.fill(secret)
+        page.get_by_role("button", name="Use this key").click()
+        picture = page.locator(".card[data-id=red-circle] img")
+        page.wait_for_function("e => e.complete && e.naturalWidth === 96", arg=picture.element_handle())
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_dark_mode_follows_the_system_and_the_button(site: Site, page: Page) -> None:
+    paper = "getComputedStyle(document.documentElement).backgroundColor"
+    page.emulate_media(color_scheme="dark")
+    page.goto(site.address)
+    dark = page.evaluate(paper)
+    page.get_by_role("button", name="Switch between light and dark").click()
+    light = page.evaluate(paper)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(paper) == light, "the choice is kept"
+
+
+@pytest.mark.parametrize("width", [320, 390, 820, 1600])
+def test_nothing_runs_off_the_side(site: Site, page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    for path in ("/", "/?q=red+circle", "/?cluster=image", "/?q=red&item=red-square"):
+        page.goto(site.address + path)
+        expect(page.locator(".card").first).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_is_painted_before_anything_is_asked(site: Site, page: Page) -> None:
+    page.route("**/v1/**", lambda route: None)  # the API never answers
+    page.goto(site.address)
+    expect(page.get_by_label("What are you looking for?")).to_be_visible()
+    assert page.evaluate("performance.getEntriesByType('resource').filter(r => !r.name.includes('/v1/')).length") == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    "path", ["/", "/?q=red+circle", "/?q=quantum", "/?cluster=image-1", "/?q=red&item=red-square", "/?q=x&f.no=1"]
+)
+def test_it_is_accessible(site: Site, page: Page, path: str, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+    page.goto(site.address + path)
+    expect(page.locator(".card, .empty").first).to_be_visible()
+    page.get_by_role("button", name=re.compile("^Filters")).dispatch_event("click")
+    found = Axe().run(page)
+    assert not found.response["violations"], [
+        (v["id"], [n["html"] for n in v["nodes"]][:3]) for v in found.response["violations"]
+    ]
