@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+import pyarrow as pa
+
+from ace_core import errors
 from ace_core.config import ComputeSettings
 from ace_core.errors import AceError, MediaError, SettingsError
 
@@ -18,6 +24,8 @@ if TYPE_CHECKING:
 # On an embedded Ray, two logical CPUs more than the machine has: Ray's own coordinating tasks (reads, controllers)
 # ask for CPUs that they hardly use, and a pipeline whose actors hold all of them never ends.
 SPARE_CPUS = 2
+BLOCK_BATCHES = 4  # batches in one task of an actor
+MAX_DEATHS = 3  # times that actors may die with nothing done in between
 
 
 def ensure_ray(compute: ComputeSettings) -> None:
@@ -136,29 +144,122 @@ def _check_budget(what: str, pool: Pool, *, spare: int) -> None:
         )
 
 
-def actor_map(
-    dataset: Dataset, transform: type, pool: Pool, batch_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Dataset:
-    """Map a class over batches on a pool of actors that each hold one instance of it."""
+def map_rows(
+    work: pa.Table, transform: type, pool: Pool, batch_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Map a class over the batches of a table on Ray Data, in a pool of actors that each hold one instance of it.
+
+    When actors die (a lost node, no memory), what has not come back is given to new ones, so that every row comes back
+    exactly once. Ray's own way, restarting without end, would never end on an input that kills its worker.
+
+    Args:
+        work: has a column ``row`` 0..n-1, which ``transform`` must pass through.
+        args, kwargs: of the class.
+
+    Raises:
+        AceError: what the class raised, or that its actors keep dying.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    block = batch_size * max(1, min(BLOCK_BATCHES, work.num_rows // (batch_size * pool.count * 4)))
+    left = np.ones(work.num_rows, bool)
+    deaths = 0
+    while left.any():
+        before = int(left.sum())
+        todo = work.filter(pa.array(left))
+        # Small blocks: the pool stays busy to the end, and results come steadily.
+        blocks = [todo.slice(i, block) for i in range(0, todo.num_rows, block)]
+        actors = replace(pool, count=min(pool.count, len(blocks)))
+        dataset = _on_actors(ray.data.from_arrow(blocks), actors, batch_size, (transform, args, kwargs))
+        try:
+            for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+                if _REFUSED in result:
+                    raise _unpacked(result[_REFUSED][0])
+                left[result["row"]] = False
+                yield result
+        except AceError:
+            raise
+        except Exception as e:
+            causes = list(_causes(e))
+            begun = not any(getattr(c, "actor_init_failed", False) for c in causes)
+            if isinstance(e, RayTaskError) or not begun or not any(isinstance(c, _deadly()) for c in causes):
+                reraise(e)
+            deaths = deaths + 1 if int(left.sum()) == before else 1
+            if deaths > MAX_DEATHS:
+                raise AceError(
+                    f"workers died {deaths} times in a row without finishing anything ({type(e).__name__})",
+                    where=f"{transform.__name__}, {int(left.sum()):,} of {work.num_rows:,} rows left",
+                    remedy="Most often memory ran out: lower compute.encoders or the batch size, and run it again.",
+                ) from None
+
+
+def _deadly() -> tuple[type[BaseException], ...]:
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+    )
+
+
+_REFUSED = "refused"  # column that carries an error of ours: Ray passes only the text of exceptions on
+
+
+class _OnActor:
+    """Holds an instance of a class; an :class:`AceError` of its constructor is what every call answers."""
+
+    def __init__(self, transform: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._refused: str | None = None
+        try:
+            self._instance = transform(*args, **kwargs)
+        except AceError as e:
+            self._refused = json.dumps([type(e).__name__, e.found, e.where, e.remedy])
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._refused is not None:
+            return {_REFUSED: np.array([self._refused])}
+        result: dict[str, np.ndarray] = self._instance(batch)
+        return result
+
+
+def _unpacked(packed: str) -> AceError:
+    name, found, where, remedy = json.loads(packed)
+    kind: type[AceError] = getattr(errors, name)
+    return kind(found, where=where, remedy=remedy)
+
+
+def _on_actors(dataset: Dataset, pool: Pool, batch_size: int, args: tuple[Any, ...]) -> Dataset:
     from ray.data import ActorPoolStrategy
 
     with warnings.catch_warnings():
-        # An input that kills its worker would be tried again for ever; Ray has no other name for this limit yet.
+        # Ray has no other name for these limits yet.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         return dataset.map_batches(
-            transform,
+            _OnActor,
             fn_constructor_args=args,
-            fn_constructor_kwargs=kwargs,
             batch_size=batch_size,
             compute=ActorPoolStrategy(size=pool.count),
             num_cpus=pool.threads,
             num_gpus=pool.gpus or None,
-            max_task_retries=1,
+            max_restarts=0,
+            max_task_retries=0,
         )
 
 
 def reraise(error: BaseException) -> NoReturn:
     """Raise the :class:`AceError` that a worker raised and Ray wrapped; anything else as it came."""
+    for one in _causes(error):
+        if isinstance(one, AceError):
+            raise _plain_copy(one) from None
+    raise error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and everything that it came from, in all the ways that Ray wraps one in another."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -166,11 +267,9 @@ def reraise(error: BaseException) -> NoReturn:
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, AceError):
-            raise _plain_copy(one) from None
+        yield one
         queue += [getattr(one, "cause", None), one.__cause__, one.__context__]
         queue += list(getattr(one, "worker_failures", {}).values())
-    raise error
 
 
 def _plain_copy(error: AceError) -> AceError:

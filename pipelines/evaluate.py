@@ -155,7 +155,7 @@ def measure(
     settings: Settings,
     reporter: Reporter,
 ) -> list[Line]:
-    """Every kind of query, in the gallery of everything and of each modality, by every method."""
+    """Every kind of query, by every method in the gallery of everything, by the served one in that of each modality."""
     features = corpus.features
     rows_by_id = {item_id: row for row, item_id in enumerate(features.items.column("item_id").to_pylist())}
     live = pc.is_in(features.items.column("item_id"), value_set=live_ids(retriever.snapshot)).to_numpy()
@@ -163,7 +163,7 @@ def measure(
     lines: list[Line] = []
     present = [m for m in MODALITIES if m in features.embeddings]
     galleries: list[Modality | None] = [None, *present] if len(present) > 1 else [None]
-    total = sum(len(p) for p in kinds.values()) * (len(MODES) + 1) * (2 if len(present) > 1 else 1)
+    total = sum(len(p) for p in kinds.values()) * (len(MODES) + 1 + (2 if len(present) > 1 else 0))
     with reporter.step("ask", total, "queries") as step:
         for kind, pairs in kinds.items():
             with torch.inference_mode():
@@ -176,7 +176,7 @@ def measure(
                 gold, texts = pairs.rows[asked], [pairs.texts[i] for i in asked]
                 ranks = {DUAL_TOWER: exact_ranks(vectors[asked], items, gold, gallery=gallery)}
                 step.advance(len(asked))
-                for mode in MODES:
+                for mode in MODES if modality is None else (settings.search.mode,):
                     found = _found(retriever, texts, modality, mode, rows_by_id)
                     ranks[mode] = ranks_in(found, gold)
                     step.advance(len(asked))

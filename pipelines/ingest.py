@@ -22,13 +22,11 @@ from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.cluster import actor_map, encoder_pool, ensure_ray, reraise
+from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.encode import EncodeItems, KnownEmbeddings
 from pipelines.progress import Reporter, duration
 from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_ids, item_rows, not_in
 from pipelines.sources import Listing, list_corpus
-
-BLOCK_BATCHES = 4  # batches in one task of an encoder: the step of progress
 
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -101,27 +99,14 @@ def _encoded(
 ) -> Iterator[tuple[pa.Table, dict[str, np.ndarray]]]:
     """Encode listed files on Ray; yields rows of ``missing`` with the results of :class:`EncodeItems` for them."""
     ensure_ray(settings.compute)
-    import ray
-
     encoder = settings.encoders.media(modality)
     pool = encoder_pool(settings.compute, most=-(-missing.num_rows // encoder.batch_size))
     work = missing.select(["uri", "bytes"]).append_column("row", pa.array(np.arange(missing.num_rows)))
-    # Small blocks: the pool stays busy to the end, and progress and shards come steadily.
-    batches = max(1, min(BLOCK_BATCHES, missing.num_rows // (encoder.batch_size * pool.count * 4)))
-    block = encoder.batch_size * batches
-    dataset = actor_map(
-        ray.data.from_arrow([work.slice(i, block) for i in range(0, work.num_rows, block)]),
-        EncodeItems,
-        pool,
-        encoder.batch_size,
-        (modality, encoder, settings.limits, corpus),
-        {"threads": pool.threads, "device": pool.device, "known": known},
-    )
-    try:
-        for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-            yield missing.take(pa.array(result["row"])), result
-    except Exception as e:
-        reraise(e)
+    kwargs = {"threads": pool.threads, "device": pool.device, "known": known}
+    for result in map_rows(
+        work, EncodeItems, pool, encoder.batch_size, (modality, encoder, settings.limits, corpus), kwargs
+    ):
+        yield missing.take(pa.array(result["row"])), result
 
 
 def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:

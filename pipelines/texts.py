@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ace_core.arrays import map_arrays, save_arrays
 from ace_core.config import Settings, TextEncoderSettings
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
-from pipelines.cluster import actor_map, encoder_pool, ensure_ray, reraise
+from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.progress import Reporter
 
 BATCH = 64
-BLOCK_BATCHES = 4
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bool": "BOOL"}
 
 
@@ -122,24 +122,10 @@ def ensure_texts(texts: Sequence[str], settings: Settings, store: Store, reporte
 
 def _encoded(texts: list[str], settings: Settings) -> Iterator[dict[str, np.ndarray]]:
     ensure_ray(settings.compute)
-    import pyarrow as pa
-    import ray
-
     pool = encoder_pool(settings.compute, most=-(-len(texts) // BATCH))
-    block = BATCH * max(1, min(BLOCK_BATCHES, len(texts) // (BATCH * pool.count * 4)))
     work = pa.table({"row": np.arange(len(texts)), "text": texts})
-    dataset = actor_map(
-        ray.data.from_arrow([work.slice(i, block) for i in range(0, len(texts), block)]),
-        EncodeTexts,
-        pool,
-        BATCH,
-        (settings.encoders.text,),
-        {"threads": pool.threads, "device": pool.device},
-    )
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
-    except Exception as e:
-        reraise(e)
+    kwargs = {"threads": pool.threads, "device": pool.device}
+    yield from map_rows(work, EncodeTexts, pool, BATCH, (settings.encoders.text,), kwargs)
 
 
 def _assemble(path: Path, count: int, spilled: list[Path], layers: int) -> None:

@@ -1,0 +1,204 @@
+"""The whole road on a real Ray: ingest, three fits, publish, evaluate, search; then what changes and what resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ace_core.config import Settings, load_settings
+from ace_core.errors import CorpusError, QualityError, StoreError
+from ace_core.manifest import Manifest
+from ace_core.retriever import Retriever
+from ace_core.snapshot import Snapshot, SnapshotManifest
+from ace_store import Store
+from pipelines import cli
+from pipelines.evaluate import DUAL_TOWER, MODES, evaluate_stage
+from pipelines.fit_aligner import fit_aligner_stage
+from pipelines.fit_generator import fit_generator_stage
+from pipelines.fit_quantizer import fit_quantizer_stage
+from pipelines.ingest import ingest
+from pipelines.progress import Reporter
+from pipelines.publish import live_ids, publish_stage
+from pipelines.train import FitContext, run_fit
+from tests.corpora import write_mixed_corpus, write_tone
+
+pytestmark = pytest.mark.ray
+
+SMALL = (
+    "aligner.dim=32", "aligner.hidden=64", "aligner.epochs=40", "aligner.batch_size=64", "aligner.learning_rate=0.01",
+    "quantizer.coarse=8", "quantizer.fine_codes=16", "quantizer.fine_levels=2", "quantizer.epochs=5",
+    "quantizer.max_collision_rate=1", "quantizer.min_perplexity=0",
+    "generator.width=32", "generator.heads=2", "generator.layers=1", "generator.epochs=3", "generator.batch_size=32",
+    "compute.threads=1", "evaluation.bootstrap=20", "encoders.text.fusion_layers=2",
+)  # fmt: skip
+
+
+@dataclass
+class World:
+    """A corpus that went the whole road."""
+
+    corpus: Path
+    rows: list[dict[str, Any]]
+    settings: Settings
+    store: Store
+    snapshot: SnapshotManifest
+
+
+def _fit_all(settings: Settings, store: Store) -> list[Manifest]:
+    quiet = Reporter(quiet=True)
+    return [stage(settings, store, quiet) for stage in (fit_aligner_stage, fit_quantizer_stage, fit_generator_stage)]
+
+
+@pytest.fixture(scope="module")
+def world(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("road")
+    rows = write_mixed_corpus(folder / "corpus", pictures=48, sounds=8, clips=8)
+    settings = load_settings(None, (f"corpus.path={folder / 'corpus'}", f"store={folder / 'store'}", *SMALL))
+    store = Store.open(settings.store)
+    ingest(settings, store, Reporter(quiet=True))
+    _fit_all(settings, store)
+    yield World(folder / "corpus", rows, settings, store, publish_stage(settings, store, Reporter(quiet=True)))
+
+
+def test_everything_is_published_and_belongs_together(world: World) -> None:
+    assert world.snapshot.items == {"image": 48, "audio": 8, "video": 8}
+    assert world.store.current().snapshot == world.snapshot.id
+    snapshot = Snapshot.open(world.store.mirror())  # checks every hash and every relation
+    assert set(live_ids(snapshot).to_pylist()) == {row["path"] for row in world.rows}
+    segment = snapshot.segments[0]
+    codes = segment.gallery.codes
+    assert codes.dtype == np.uint16 and (np.lexsort(codes.T[::-1]) == np.arange(len(codes))).all()
+    item = segment.item(segment.row_of("images/017.png") or 0)
+    assert item.captions == tuple(world.rows[17]["captions"])
+    assert item.attributes == {"colour": "green", "rank": 17, "split": "train"}
+    assert (Path(item.root) / item.uri).read_bytes() == (world.corpus / "images/017.png").read_bytes()
+    assert not list(Path(world.settings.store).glob("runs/*"))  # checkpoints of finished fits are gone
+    assert not list(Path(world.settings.store).glob(".building-*"))
+
+
+def test_what_was_fitted_finds_what_it_was_fitted_on(world: World) -> None:
+    retriever = Retriever.open(world.store.mirror())
+    asked = [row for row in world.rows if row["split"] == "train"]
+    answers = retriever.search([row["captions"][0] for row in asked], k=10)
+    found = np.mean([row["path"] in [h.item_id for h in hits] for row, hits in zip(asked, answers)])
+    assert found > 3 * 10 / 64  # three times better than by chance, after seconds of training
+    for hits in retriever.search(["a red square", "beep"], k=5, modality="audio"):
+        assert len(hits) == 5 and {h.modality for h in hits} == {"audio"}
+    for hit in retriever.search(["a square"], k=20, filters={"colour": "red", "rank": {"lt": 20}})[0]:
+        assert hit.attributes["colour"] == "red" and hit.attributes["rank"] < 20  # type: ignore[operator]
+
+
+def test_running_again_does_nothing(world: World) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(world.settings.store).rglob("*.json")}
+    quiet = Reporter(quiet=True)
+    ingest(world.settings, world.store, quiet)
+    _fit_all(world.settings, world.store)
+    assert publish_stage(world.settings, world.store, quiet).id == world.snapshot.id
+    assert {path: path.stat().st_mtime_ns for path in Path(world.settings.store).rglob("*.json")} == before
+
+
+def test_the_evaluation_states_its_queries_and_galleries(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = evaluate_stage(world.settings, world.store, Reporter(quiet=True))
+    lines = {(x["queries"], x["gallery"], x["method"]): x for x in measured["lines"]}
+    assert {q for q, _, _ in lines} == {"seen", "unseen"}
+    assert {m for _, _, m in lines} == {DUAL_TOWER, *MODES}
+    for (_, gallery, _), line in lines.items():
+        assert line["gallery_count"] == {"all": 64, "image": 48, "audio": 8, "video": 8}[gallery]
+        assert 0 <= line["recall_1"]["value"] <= line["recall_10"]["value"] <= 1
+    unseen = sum(len(row["captions"]) for row in world.rows if row["split"] == "test")
+    assert lines["unseen", "all", "beam"]["queries_count"] == unseen
+    assert lines["unseen", "audio", "beam"]["recall_10"]["value"] == 1  # eight items
+    path = Path(world.settings.store) / "evaluation" / f"{measured['id']}.json"
+    assert json.loads(path.read_text()) == measured
+    assert cli.main(["evaluate", "--store", world.settings.store, *_as_options(world)]) == 0
+    assert "dual tower" in capsys.readouterr().out
+
+
+def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "a red square", "--store", world.settings.store, "-k", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "a red square" in out and "images/" in out
+    arguments = ["search", "beep", "--store", world.settings.store, "-m", "audio", "--where", "split=test", "--json"]
+    assert cli.main(arguments) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert [h["item_id"] for h in hits] == ["audio/005.flac"]
+    assert cli.main(["search", "beep", "--store", world.settings.store, "-m", "smell"]) == 2
+    assert "image, audio, video" in capsys.readouterr().err
+    assert cli.main(["search", "beep", "--store", world.settings.store, "--where", "colour"]) == 2
+
+
+def _as_options(world: World) -> list[str]:
+    return [part for change in SMALL for part in ("--set", change)] + ["--set", f"corpus.path={world.corpus}"]
+
+
+def test_a_collapsed_codebook_is_not_kept(world: World) -> None:
+    strict = world.settings.model_copy(
+        update={"quantizer": world.settings.quantizer.model_copy(update={"min_perplexity": 1.0, "coarse": 2})}
+    )
+    before = world.store.latest("quantizer").id
+    with pytest.raises(QualityError, match="perplexity"):
+        fit_quantizer_stage(strict, world.store, Reporter(quiet=True))
+    assert world.store.latest("quantizer").id == before
+    assert not list(Path(world.settings.store).glob("runs/*"))  # or the next run would take it for its own
+
+
+def test_publishing_another_kind_of_vectors_than_was_fitted_is_refused(world: World) -> None:
+    other = world.settings.model_copy(update={"publish": world.settings.publish.model_copy(update={"vectors": "int8"})})
+    with pytest.raises(StoreError, match=r"publish\.vectors=none"):
+        publish_stage(other, world.store, Reporter(quiet=True))
+    assert world.store.current().snapshot == world.snapshot.id
+
+
+def test_captions_are_needed(ray_cluster: None, tmp_path: Path) -> None:
+    for i in range(9):
+        write_tone(tmp_path / "corpus" / f"{i}.wav", 300 + 20 * i, seconds=0.3)
+    settings = load_settings(None, (f"corpus.path={tmp_path / 'corpus'}", f"store={tmp_path / 'store'}", *SMALL))
+    store = Store.open(settings.store)
+    ingest(settings, store, Reporter(quiet=True))
+    with pytest.raises(CorpusError, match="caption"):
+        fit_aligner_stage(settings, store, Reporter(quiet=True))
+
+
+# -- what Ray Train must do for every fit ------------------------------------------------------------------------
+
+
+def _counts_and_dies_once(context: FitContext) -> dict[str, Any]:
+    """Counts to ten with a checkpoint at each step; the first life of worker 0 ends at five, without a word."""
+    import os
+
+    import torch
+
+    from ace_core.fitting import Progress
+
+    resume = context.hooks.resume
+    first_life = resume is None
+    count = 0 if resume is None else int(resume["count"][0])
+    started_at = count
+    while count < 10:
+        count += 1
+        total = context.collective.all_reduce(torch.tensor([1.0]))
+        if context.collective.rank == 0:
+            context.hooks.save_checkpoint({"count": torch.tensor([count])})
+        context.hooks.on_progress(Progress("count", count, 10, {"workers": float(total[0])}))
+        if first_life and count == 5 and context.collective.rank == 0:
+            os._exit(1)
+    (context.folder / "model.txt").write_text(f"started at {started_at}, workers {int(total[0])}")
+    return {"count": count}
+
+
+def test_a_fit_on_two_workers_resumes_after_losing_one(world: World) -> None:
+    settings = world.settings.model_copy(update={"compute": world.settings.compute.model_copy(update={"workers": 2})})
+    with run_fit("aligner", "counts", _counts_and_dies_once, {}, settings, world.store, Reporter(quiet=True)) as (
+        folder,
+        metrics,
+    ):
+        text = (folder / "model.txt").read_text()
+    assert metrics == {"count": 10}
+    started = int(text.split(",")[0].removeprefix("started at "))
+    assert 3 <= started <= 5 and text.endswith("workers 2")
