@@ -111,6 +111,6 @@ def _write(path: Path, data: bytes) -> None:
 
 def _remove_others(folder: Path, paths: set[str]) -> None:
     for modality in ("images", "audio", "video"):
-        for path in (folder / modality).glob("*"):
+        for path in (folder / modality).glob("*"):  # half-written files of a killed build too
             if path.relative_to(folder).as_posix() not in paths:
                 path.unlink()

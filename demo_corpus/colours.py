@@ -8,7 +8,8 @@ import numpy as np
 _HUES = ((14, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (250, "blue"), (292, "purple"), (336, "pink"))
 _NAMES = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
 _SHARE = 0.12  # of the drawn area, below which a colour is a detail
-_OUTLINE_SHARE = 0.45  # black is the colour of outlines: it counts only where it dominates
+_BLACKEST, _BLACK = 0.1, 0.3  # brightness of outlines (pure black), and of what is drawn as black (dark grey)
+_OUTLINE_SHARE = 0.45  # outlines count as a colour only where they are most of the drawing
 
 
 def colour_words(rgba: np.ndarray) -> tuple[str, ...]:
@@ -20,11 +21,11 @@ def colour_words(rgba: np.ndarray) -> tuple[str, ...]:
     drawn = rgba[rgba[..., 3] > 128][:, :3].astype(np.float32) / 255
     if not len(drawn):
         return ()
-    shares = np.bincount(_classes(drawn), minlength=len(_NAMES)) / len(drawn)
-    black = _NAMES.index("black")
-    if shares[black] < _OUTLINE_SHARE:
-        shares = shares / max(1 - shares[black], 1e-6)
-        shares[black] = 0
+    classes = _classes(drawn)
+    outline = drawn.max(axis=1) < _BLACKEST
+    if outline.mean() < _OUTLINE_SHARE:
+        classes = classes[~outline]
+    shares = np.bincount(classes, minlength=len(_NAMES)) / len(classes)
     order = np.argsort(-shares, kind="stable")[:3]
     return tuple(_NAMES[i] for i in order if shares[i] >= _SHARE)
 
@@ -43,5 +44,7 @@ def _classes(rgb: np.ndarray) -> np.ndarray:
     brown = np.isin(named, (0, 1)) & (hue < 42) & ((high < 0.72) & (hue > 6) | (saturation < 0.45) & (high < 0.85))
     pink = (named == 0) & (saturation < 0.55) & (high >= 0.85)
     named = np.where(pink, _NAMES.index("pink"), np.where(brown, _NAMES.index("brown"), named))
-    grey = np.where(high > 0.92, _NAMES.index("white"), np.where(high < 0.22, _NAMES.index("black"), 9))
-    return np.where((saturation < 0.14) | (high < 0.22), grey, named)
+    grey = np.where(
+        high > 0.92, _NAMES.index("white"), np.where(high < _BLACK, _NAMES.index("black"), _NAMES.index("grey"))
+    )
+    return np.where((saturation < 0.14) | (high < _BLACKEST), grey, named)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ace_core.encoders.embedded import packaged_file
+from ace_core.errors import SettingsError
 from demo_corpus.colours import colour_words
 from demo_corpus.entries import TRAIN, Entry, choose, split_of, with_article
 
@@ -150,7 +151,15 @@ def _varied(pictures: list[Picture]) -> list[Picture]:
 
 
 def entries(count: int) -> Iterator[Entry]:
-    """The first ``count`` pictures of the catalogue."""
+    """The first ``count`` pictures of the catalogue.
+
+    Raises:
+        SettingsError: there are not as many.
+    """
+    if count > len(catalogue()):
+        raise SettingsError(
+            f"{count} pictures asked for, {len(catalogue())} can be drawn", remedy="Ask for fewer pictures."
+        )
     for picture in catalogue()[:count]:
         colours = drawing_colours(picture.code)
         split = split_of(picture.concept)

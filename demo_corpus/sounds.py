@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -165,4 +166,30 @@ def encoded(samples: np.ndarray, suffix: str) -> bytes:
         # In blocks: libsndfile's Vorbis encoder overflows the stack on long single writes.
         for first in range(0, len(samples), RATE):
             file.write(samples[first : first + RATE])
-    return out.getvalue()
+    return _with_fixed_serial(out.getvalue()) if suffix == ".ogg" else out.getvalue()
+
+
+def _with_fixed_serial(ogg: bytes) -> bytes:
+    """The same Ogg file with stream serial number 0: libsndfile draws one at random, and builds should be equal."""
+    out = bytearray(ogg)
+    page = 0
+    while page < len(out):
+        segments = out[page + 26]
+        end = page + 27 + segments + sum(out[page + 27 : page + 27 + segments])
+        out[page + 14 : page + 18] = bytes(4)
+        out[page + 22 : page + 26] = bytes(4)
+        out[page + 22 : page + 26] = _ogg_checksum(bytes(out[page:end])).to_bytes(4, "little")
+        page = end
+    return bytes(out)
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """CRC-32 of polynomial 0x04C11DB7 as Ogg has it: most significant bit first, nothing inverted.
+
+    It is zlib's CRC of the bytes with their bits mirrored, mirrored itself, without zlib's two inversions.
+    """
+    crc = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2)

@@ -131,7 +131,8 @@ def double_bass(frequency: float, seconds: float) -> np.ndarray:
 
 def game_console(frequency: float, seconds: float) -> np.ndarray:
     t = _time(seconds)
-    return np.where((frequency * t) % 1 < 0.25, 0.7, -0.7) * _envelope(seconds, 0.002, 0.01)
+    # A pulse that is up for a quarter of its period; the levels balance, so that notes begin without a thump.
+    return np.where((frequency * t) % 1 < 0.25, 0.9, -0.3) * _envelope(seconds, 0.002, 0.01)
 
 
 def whistle(frequency: float, seconds: float) -> np.ndarray:
