@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
@@ -51,7 +52,9 @@ Body = TypeVar("Body", bound=BaseModel)
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
+        400: "the body cannot be read",
         401: "no key, or one that is not known",
+        403: "a key that may only read",
         404: "not there",
         413: "body too large",
         422: "the request makes no sense; says where and what to do",
@@ -102,7 +105,7 @@ def build_http(settings: Settings, backend: Backend, *, ingress: str = "ingress"
     _add_search(app, service)
     _add_items(app, service)
     _add_operations(app, service)
-    _describe_security(app)
+    _finish_openapi(app)
     return app
 
 
@@ -200,7 +203,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/clusters/{name}", tags=["items"])
     async def cluster(
-        name: str,
+        name: Annotated[str, PathParameter(json_schema_extra={"pattern": r"^(image|audio|video)(-\d{1,5})*$"})],
         offset: Annotated[int, Query(ge=0, le=100_000_000)] = 0,
         k: Annotated[int, Query(ge=1, le=200)] = 50,
     ) -> ClusterResponse:
@@ -317,14 +320,19 @@ def _add_errors(app: FastAPI) -> None:
         return ProblemError(500, "server error", detail, remedy="See its log.").response()
 
 
-def _describe_security(app: FastAPI) -> None:
-    """Say in the OpenAPI document that a key goes into the Authorization header."""
+def _finish_openapi(app: FastAPI) -> None:
+    """Say in the OpenAPI document what FastAPI cannot know: where the key goes, and the type of an error."""
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = build()
-        document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}, {}]
-        return document
+        if app.openapi_schema is None:
+            document = build()
+            document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}, {}]
+            for operation in (o for path in document["paths"].values() for o in path.values()):
+                for status, response in operation["responses"].items():
+                    if status >= "4" and "application/json" in response.get("content", {}):
+                        response["content"] = {"application/problem+json": response["content"]["application/json"]}
+        return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]

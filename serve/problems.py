@@ -38,9 +38,9 @@ class ProblemError(Exception):
             type=f"urn:ace:problem:{title.replace(' ', '-')}",
             title=title,
             status=status,
-            detail=detail,
-            where=where,
-            remedy=remedy,
+            detail=_sendable(detail),
+            where=_sendable(where),
+            remedy=_sendable(remedy),
         )
         self.headers = dict(headers or {})
         super().__init__(detail)
@@ -83,6 +83,11 @@ def invalid_request(errors: list[dict]) -> ProblemError:
     if "input" in first and first.get("type") not in ("missing", "json_invalid"):
         found += f" (found {_short(first['input'])})"
     return ProblemError(422, "bad request", found, where=where, remedy="See /openapi.json for examples.")
+
+
+def _sendable(text: str) -> str:
+    """Half of a surrogate pair can stand in JSON and is quoted back in an error, but cannot be sent as UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _short(value: object) -> str:

@@ -43,12 +43,12 @@ class SearchOptions(Strict):
     filters: dict[str, Filter] = Field(
         default_factory=dict, max_length=32, description="attribute to value, list of values (any of), or conditions"
     )
-    k: int | None = Field(None, ge=1, description="results wanted; by default the server's setting")
+    k: int | None = Field(None, ge=1, strict=True, description="results wanted; by default the server's setting")
     mode: Mode | None = Field(None, description="beam is accurate, one-shot is fast, verify joins them")
     threshold: float | None = Field(
         None, ge=0, le=1, description="drop hits that score less; also what counts as confident"
     )
-    explain: bool = Field(False, description="add how each identifier was spelled, coarse to fine")
+    explain: bool = Field(False, strict=True, description="add how each identifier was spelled, coarse to fine")
 
     def filter_values(self) -> dict[str, Any]:
         """Filters as the retriever takes them."""

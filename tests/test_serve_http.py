@@ -6,9 +6,12 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from ace_core.config import ServeSettings, Settings
@@ -92,8 +95,7 @@ def test_modality_filters_and_k_choose_what_comes_back(http: TestClient) -> None
 
 
 def test_settings_give_the_default_k(store: Path, backend: WordBackend) -> None:
-    settings = _settings(store, max_k=4)
-    with _client(settings, backend) as http:
+    with _client(_settings(store, max_k=4), backend) as http:
         assert len(_search(http, text="red")["results"][0]["hits"]) == 4
         problem = _problem(http.post("/v1/search", json={"text": "red", "k": 5}), 422)
         assert problem["where"] == "k" and "4" in problem["detail"]
@@ -318,6 +320,43 @@ def test_openapi_has_examples_that_work(http: TestClient) -> None:
     assert {"/v1/search", "/v1/search/by-example", "/v1/items/{item_id}", "/v1/snapshot"} <= set(document["paths"])
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert schemas["Problem"]["examples"] and schemas["SearchResponse"]["examples"]
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+_FIELDS = ("text", "item_id", "k", "modality", "filters", "mode", "threshold", "explain", "colour")
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "\\u0000", "x\\udfffy"])
+@pytest.mark.parametrize("path", ["/v1/search", "/v1/search/by-example"])
+def test_characters_that_are_none_are_no_server_error(http: TestClient, path: str, text: str) -> None:
+    for field in ("text", "item_id", "mode", f"{text}"):
+        body = f'{{"{field}": "{text}", "filters": {{"{text}": "{text}"}}}}'
+        answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code < 500, answer.text
+
+
+@given(
+    path=st.sampled_from(("/v1/search", "/v1/search/by-example", "/v1/admin/current")),
+    body=st.dictionaries(st.sampled_from(_FIELDS), _JSON) | _JSON,
+    valid=st.booleans(),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_body_is_a_server_error(http: TestClient, path: str, body: object, valid: bool) -> None:
+    if valid and isinstance(body, dict):
+        body |= {"text": "red"} if path == "/v1/search" else {"item_id": "red-circle"}
+        body.pop("item_id" if path == "/v1/search" else "text", None)
+    answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code < 500
+
+
+@given(name=st.text(max_size=40), path=st.sampled_from(("/media/", "/v1/items/", "/v1/clusters/", "/")))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_path_is_a_server_error(http: TestClient, name: str, path: str) -> None:
+    assert http.get(path + quote(name, safe="/")).status_code < 500
 
 
 # -- trouble -----------------------------------------------------------------------------------------------------
