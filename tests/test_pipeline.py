@@ -3,67 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import load_settings
 from ace_core.errors import CorpusError, QualityError, StoreError
-from ace_core.manifest import Manifest
 from ace_core.retriever import Retriever
-from ace_core.snapshot import Snapshot, SnapshotManifest
+from ace_core.snapshot import Snapshot
 from ace_store import Store
 from pipelines import cli
 from pipelines.evaluate import DUAL_TOWER, MODES, evaluate_stage
 from pipelines.fit_aligner import fit_aligner_stage
-from pipelines.fit_generator import fit_generator_stage
 from pipelines.fit_quantizer import fit_quantizer_stage
 from pipelines.ingest import ingest
 from pipelines.progress import Reporter
 from pipelines.publish import live_ids, publish_stage
 from pipelines.train import FitContext, run_fit
-from tests.corpora import write_mixed_corpus, write_tone
+from tests.corpora import write_tone
+from tests.world import SMALL, World, fit_all
 
 pytestmark = pytest.mark.ray
-
-SMALL = (
-    "aligner.dim=32", "aligner.hidden=64", "aligner.epochs=40", "aligner.batch_size=64", "aligner.learning_rate=0.01",
-    "quantizer.coarse=8", "quantizer.fine_codes=16", "quantizer.fine_levels=2", "quantizer.epochs=5",
-    "quantizer.max_collision_rate=1", "quantizer.min_perplexity=0",
-    "generator.width=32", "generator.heads=2", "generator.layers=1", "generator.epochs=3", "generator.batch_size=32",
-    "compute.threads=1", "evaluation.bootstrap=20", "encoders.text.fusion_layers=2",
-)  # fmt: skip
-
-
-@dataclass
-class World:
-    """A corpus that went the whole road."""
-
-    corpus: Path
-    rows: list[dict[str, Any]]
-    settings: Settings
-    store: Store
-    snapshot: SnapshotManifest
-
-
-def _fit_all(settings: Settings, store: Store) -> list[Manifest]:
-    quiet = Reporter(quiet=True)
-    return [stage(settings, store, quiet) for stage in (fit_aligner_stage, fit_quantizer_stage, fit_generator_stage)]
-
-
-@pytest.fixture(scope="module")
-def world(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("road")
-    rows = write_mixed_corpus(folder / "corpus", pictures=48, sounds=8, clips=8)
-    settings = load_settings(None, (f"corpus.path={folder / 'corpus'}", f"store={folder / 'store'}", *SMALL))
-    store = Store.open(settings.store)
-    ingest(settings, store, Reporter(quiet=True))
-    _fit_all(settings, store)
-    yield World(folder / "corpus", rows, settings, store, publish_stage(settings, store, Reporter(quiet=True)))
 
 
 def test_everything_is_published_and_belongs_together(world: World) -> None:
@@ -98,7 +60,7 @@ def test_running_again_does_nothing(world: World) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(world.settings.store).rglob("*.json")}
     quiet = Reporter(quiet=True)
     ingest(world.settings, world.store, quiet)
-    _fit_all(world.settings, world.store)
+    fit_all(world.settings, world.store)
     assert publish_stage(world.settings, world.store, quiet).id == world.snapshot.id
     assert {path: path.stat().st_mtime_ns for path in Path(world.settings.store).rglob("*.json")} == before
 

@@ -1,0 +1,170 @@
+"""add, remove, roll back, collect: what is published changes, the models do not, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ace_core.config import Settings
+from ace_core.errors import CorpusError, QueryError, StoreError
+from ace_core.retriever import Retriever
+from ace_core.snapshot import Snapshot
+from ace_store import Store
+from pipelines import cli
+from pipelines.change import add_stage, remove_stage, rollback_stage
+from pipelines.drift import Drift
+from pipelines.ingest import ingest
+from pipelines.keep import gc_stage
+from pipelines.progress import Reporter
+from pipelines.publish import live_ids
+from tests.corpora import write_picture
+from tests.world import World
+
+pytestmark = pytest.mark.ray
+
+
+@dataclass
+class Copy:
+    """A store of its own over a corpus of its own."""
+
+    settings: Settings
+    store: Store
+    corpus: Path
+
+    def ids(self) -> set[str]:
+        return set(live_ids(Snapshot.open(self.store.mirror())).to_pylist())
+
+    def ingest(self) -> None:
+        ingest(self.settings, self.store, Reporter(quiet=True))
+
+    def caption(self, path: str, *captions: str) -> None:
+        with (self.corpus / "captions.jsonl").open("a") as f:
+            f.write(json.dumps({"path": path, "captions": captions, "colour": "red"}) + "\n")
+
+
+@pytest.fixture
+def copy(world: World, tmp_path: Path) -> Iterator[Copy]:
+    shutil.copytree(world.corpus, tmp_path / "corpus")
+    shutil.copytree(world.settings.store, tmp_path / "store")
+    corpus = world.settings.corpus.model_copy(update={"path": str(tmp_path / "corpus")})
+    settings = world.settings.model_copy(update={"corpus": corpus, "store": str(tmp_path / "store")})
+    yield Copy(settings, Store.open(settings.store), tmp_path / "corpus")
+
+
+def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, loud = Reporter(quiet=True), Reporter()
+    first = copy.store.current().snapshot
+    before = copy.ids()
+    copy.ingest()
+    assert add_stage(copy.settings, copy.store, quiet).id == first  # the same corpus, at another place
+
+    write_picture(copy.corpus / "images" / "new.png", "red", "square", shift=9)
+    write_picture(copy.corpus / "images" / "003.png", "blue", "bar", shift=5)
+    (copy.corpus / "images" / "004.png").unlink()
+    lines = [json.loads(line) for line in (copy.corpus / "captions.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["path"] != "images/004.png"]
+    (copy.corpus / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    copy.caption("images/new.png", "a wholly new red square")
+    copy.ingest()
+    added = add_stage(copy.settings, copy.store, loud)
+    said = capsys.readouterr().err
+    assert "1 items added, 1 replaced" in said and "drift of 2 added items" in said
+    assert "images/004.png" in said and "--gone" in said
+    assert added.parent == first and len(added.segments) == 2 and added.removed == 1
+    assert copy.ids() == before | {"images/new.png"}
+
+    retriever = Retriever.open(copy.store.mirror())
+    item = retriever.item("images/new.png")
+    assert item is not None and item.captions == ("a wholly new red square",) and item.attributes == {"colour": "red"}
+    found = retriever.search(["a red square"], k=100, modality="image")[0]
+    assert [h.item_id for h in found].count("images/003.png") == 1
+    assert {h.item_id for h in found} == {i for i in copy.ids() if i.startswith("images/")}
+
+    assert remove_stage(copy.store, quiet, gone=True).removed == 2
+    assert copy.ids() == before - {"images/004.png"} | {"images/new.png"}
+    remove_stage(copy.store, quiet, ids=["images/new.png", "images/005.png"])
+    remove_stage(copy.store, quiet, filters={"colour": "green"})
+    retriever = Retriever.open(copy.store.mirror())
+    left = copy.ids()
+    assert "images/new.png" not in left and "images/005.png" not in left
+    hits = retriever.search(["a green square"], k=100)[0]
+    assert {h.item_id for h in hits} == left and all(h.attributes.get("colour") != "green" for h in hits)
+
+    last = copy.store.current().snapshot
+    assert rollback_stage(copy.store, quiet).id != last
+    rollback_stage(copy.store, quiet, first)
+    assert copy.store.current().snapshot == first and copy.ids() == before
+    assert rollback_stage(copy.store, quiet, last).id == last
+
+
+def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
+    before = copy.store.current()
+    with pytest.raises(QueryError, match=r"not in the snapshot \(nobody\)"):
+        remove_stage(copy.store, Reporter(quiet=True), ids=["images/001.png", "nobody"])
+    with pytest.raises(QueryError, match="nothing was said"):
+        remove_stage(copy.store, Reporter(quiet=True))
+    assert remove_stage(copy.store, Reporter(quiet=True), filters={"colour": "plaid"}).id == before.snapshot
+    assert copy.store.current() == before
+    with pytest.raises(StoreError, match="no snapshot nosuch"):
+        rollback_stage(copy.store, Reporter(quiet=True), "nosuch")
+    with pytest.raises(CorpusError, match="no snapshot before"):
+        rollback_stage(copy.store, Reporter(quiet=True))
+
+
+def test_everything_can_be_removed_and_brought_back(copy: Copy) -> None:
+    first = copy.store.current().snapshot
+    remove_stage(copy.store, Reporter(quiet=True), ids=sorted(copy.ids()))
+    assert copy.ids() == set()
+    assert Retriever.open(copy.store.mirror()).search(["anything"]) == [[]]
+    assert rollback_stage(copy.store, Reporter(quiet=True)).id == first
+
+
+def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = Reporter(quiet=True)
+    first = copy.store.current().snapshot
+    for item_id in ("images/001.png", "images/002.png", "images/003.png"):
+        remove_stage(copy.store, quiet, ids=[item_id])
+    last = copy.store.current().snapshot
+    assert gc_stage(copy.store, quiet, keep=1, min_age=timedelta(hours=1), dry_run=False) == []  # all too young
+    named = gc_stage(copy.store, quiet, keep=2, min_age=timedelta(0), dry_run=True)
+    assert len(named) == 2 and all(name.startswith("snapshot/") for name in named) and f"snapshot/{first}" in named
+    assert copy.store.find("snapshot", str(first)) is not None
+    assert gc_stage(copy.store, quiet, keep=2, min_age=timedelta(0), dry_run=False) == named
+    assert {m.id for m in copy.store.parts("snapshot")} >= {last} and len(copy.store.parts("snapshot")) == 2
+    Snapshot.open(copy.store.mirror())  # every part that the current one names is still there, hashes and all
+    assert cli.main(["status", "--store", copy.settings.store]) == 0
+    assert str(last) in capsys.readouterr().out
+
+
+def test_a_publisher_that_was_overtaken_is_refused(copy: Copy) -> None:
+    seen = copy.store.current()
+    remove_stage(copy.store, Reporter(quiet=True), ids=["images/001.png"])
+    with pytest.raises(StoreError):
+        copy.store.move_current(str(seen.snapshot), seen)
+
+
+def test_drift_says_when_a_refit_is_due() -> None:
+    fine = Drift(1000, 1.1, 0.02, 0.02, 0.1)
+    assert not fine.refit_due and "no refit needed" in str(fine)
+    for change in ({"error_ratio": 1.5}, {"collision_rate": 0.2}, {"balance_shift": 0.6}):
+        drift = Drift(**{**fine.__dict__, **change})
+        assert drift.refit_due and "a refit is due" in str(drift)
+        assert not Drift(**{**drift.__dict__, "items": 10}).refit_due
+
+
+def test_drift_is_measured(copy: Copy) -> None:
+    from ace_core.segment import Segment
+    from pipelines.drift import measure_drift
+
+    snapshot = Snapshot.open(copy.store.mirror())
+    same = measure_drift(snapshot, snapshot.segments[0], copy.store)
+    assert same.balance_shift == pytest.approx(0, abs=1e-9) and same.error_ratio == pytest.approx(1, rel=1e-3)
+    assert same.collision_rate == 1 and isinstance(snapshot.segments[0], Segment)
+    assert np.isfinite(same.collision_before)
