@@ -258,7 +258,7 @@ def _finish(
     device = parents.device
     tokens = torch.from_numpy(leaves.codes[:, :width, level - 1 :].astype(np.int64)).to(device)
     ancestor = ancestor[:, :width]
-    known = np.take_along_axis(rows.level_log_prob, ancestor[..., None].repeat(level, 2), 1)
+    known = rows.level_log_prob[np.arange(queries)[:, None], ancestor, :level]
     continues = torch.gather(parents, 1, torch.from_numpy(ancestor).to(device)) if level > 1 else None
     scored = _numpy(model.score(state, tokens, continues, level)).astype(np.float64)
     return _reordered(leaves, np.concatenate([known, scored], axis=2), beam)
@@ -272,6 +272,7 @@ def _reordered(rows: Rows, level_log_prob: np.ndarray, beam: int) -> Rows:
     best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
     take = np.arange(len(score))[:, None], best
     return Rows(
+        level=rows.level,
         live=np.minimum(np.isfinite(score).sum(1), beam),
         low=rows.low[take],
         high=rows.high[take],
@@ -283,7 +284,7 @@ def _reordered(rows: Rows, level_log_prob: np.ndarray, beam: int) -> Rows:
 
 
 def _tokens(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(rows.codes[:, :width, -1].astype(np.int64)).to(device)
+    return torch.from_numpy(rows.codes[:, :width, rows.level - 1].astype(np.int64)).to(device)
 
 
 def _parents(rows: Rows, width: int, device: torch.device) -> torch.Tensor:

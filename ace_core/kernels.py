@@ -41,11 +41,6 @@ def _uint16(address):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _uint32(address):
-    return numba.carray(_pointer(address), (1,), np.uint32)  # type: ignore[call-arg]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _uint64(address):
     return numba.carray(_pointer(address), (1,), np.uint64)  # type: ignore[call-arg]
 
@@ -61,18 +56,32 @@ def _int64(address):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _popcount(word):
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+def _any_bit(words, low, high):
+    """Is any of bits low .. high - 1 set?"""
+    if low >= high:
+        return False
+    first, last = low >> 6, (high - 1) >> 6
+    head = words[first] >> np.uint64(low & 63)
+    if first == last:
+        return (head << np.uint64(63 - ((high - 1) & 63) + (low & 63))) != np.uint64(0)
+    if head != np.uint64(0):
+        return True
+    for word in range(first + 1, last):
+        if words[word] != np.uint64(0):
+            return True
+    return (words[last] << np.uint64(63 - ((high - 1) & 63))) != np.uint64(0)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _rank(words, before, item):
-    word = item >> 6
-    below = (np.uint64(1) << np.uint64(item & 63)) - np.uint64(1)
-    return np.int64(before[word]) + _popcount(words[word] & below)
+def mark_parents(children, pointers, parents):
+    """Set the bit of every node that has a child whose bit is set.
+
+    Args:
+        children, parents: (nodes // 64 + 1,) uint64 bitmaps of two levels, ``parents`` all zero; pointers: first_child.
+    """
+    for node in range(len(pointers) - 1):
+        if _any_bit(children, pointers[node], pointers[node + 1]):
+            parents[node >> 6] |= np.uint64(1) << np.uint64(node & 63)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -121,40 +130,25 @@ def _join(tokens, wide, cursor, ends, last, vocabulary, run_end):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _any_allowed(pointers, pointers_wide, level, words, before, low, high):
-    """Does any segment's node interval [low, high) of ``level`` hold an allowed item?"""
+def _any_allowed(bits, low, high):
+    """Does any segment's interval [low, high) of nodes hold an allowed one?"""
     for s in range(len(low)):
-        begin = low[s]
-        end = high[s]
-        if end <= begin:
-            continue
-        if words[s] == NO_MASK:
-            return True
-        for deeper in range(level, pointers.shape[1]):
-            begin = _child(pointers[s, deeper], pointers_wide[s], begin)
-            end = _child(pointers[s, deeper], pointers_wide[s], end)
-        bits = _uint64(words[s])
-        counts = _uint32(before[s])
-        if _rank(bits, counts, end) > _rank(bits, counts, begin):
+        if low[s] < high[s] and (bits[s] == NO_MASK or _any_bit(_uint64(bits[s]), low[s], high[s])):
             return True
     return False
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _log_sum(
-    tokens, tokens_wide, pointers, pointers_wide, level, words, before, ends, row, cursor, run_end
-):  # fmt: skip
+def _log_sum(tokens, tokens_wide, last, bits, ends, row, cursor, run_end):
     """Log of the summed probabilities of a row's allowed children; leaves ``cursor`` at their end."""
     largest = -np.inf
     total = 0.0
     while True:
-        token = _join(tokens, tokens_wide, cursor, ends, level == pointers.shape[1], len(row), run_end)
+        token = _join(tokens, tokens_wide, cursor, ends, last, len(row), run_end)
         if token == len(row):
             return largest + np.log(total) if total > 0 else 0.0
         value = np.float64(row[token])
-        if value > -np.inf and _any_allowed(
-            pointers, pointers_wide, level, words, before, cursor, run_end
-        ):  # fmt: skip
+        if value > -np.inf and _any_allowed(bits, cursor, run_end):
             if value > largest:
                 total = total * np.exp(largest - value) + 1.0
                 largest = value
@@ -195,29 +189,15 @@ def _nth_largest(values, count, n):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _cut(
-    slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
-    pointers, pointers_wide, level, words, before, unmasked,
-):  # fmt: skip
-    """Drop slots that hold no allowed item (those from ``checked`` on), then all but the best ``keep``.
+def _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch):
+    """Drop all slots but the best ``keep``.
 
     Order is kept, so that of equal scores the earlier row and the lower token stay. Returns how many are left, and
     the score that another must exceed.
     """
-    segments = slot_low.shape[1]
-    if not unmasked:
-        left = checked
-        for i in range(checked, size):
-            if _any_allowed(pointers, pointers_wide, level, words, before, slot_low[i], slot_high[i]):
-                slot_score[left] = slot_score[i]
-                slot_row[left] = slot_row[i]
-                for s in range(segments):
-                    slot_low[left, s] = slot_low[i, s]
-                    slot_high[left, s] = slot_high[i, s]
-                left += 1
-        size = left
     if size < keep:
         return size, -np.inf
+    segments = slot_low.shape[1]
     for i in range(size):
         scratch[i] = slot_score[i]
     threshold = _nth_largest(scratch, size, keep)
@@ -266,34 +246,52 @@ def _order_best_first(score, count, order, other):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _scan(tokens, at, first, end, base, row, norm, threshold, slot_score, slot_node, size, room):
-    """Put the children at .. end - 1 of one row that pass the threshold into slots, until there is no room.
+def _scan(
+    tokens, at, first, end, last, bits, base, row, norm, threshold,
+    slot_score, slot_row, slot_low, slot_high, size, r,
+):  # fmt: skip
+    """Put the children at .. end - 1 of row r that pass the threshold and the mask into slots, until there is no room.
 
     The loop that a search's time is spent in: nearly all children end at its first comparison. Of children with one
-    token (a bucket) the first counts; ``first`` is the row's first child. Returns the next child and the next slot.
+    token (a bucket) the first stands for all; ``first`` is the row's first child. Returns the next child and slot.
     """
     margin = threshold - base + norm
     margin -= 1e-5 + 1e-6 * abs(margin)  # a bound that float32 cannot round past; the exact comparison follows
     cut = row.dtype.type(margin)
+    allowed = _uint64(bits)
     for i in range(np.uint64(at), np.uint64(end)):
         value = row[tokens[i]]
         if value > cut:
             total = base + min(np.float64(value) - norm, 0.0)
-            if total > threshold and (np.int64(i) == first or tokens[i] != tokens[i - np.uint64(1)]):
-                if size == room:
-                    return np.int64(i), size
-                slot_score[size] = total
-                slot_node[size] = np.int64(i)
-                size += 1
+            node = np.int64(i)
+            if total > threshold and (node == first or tokens[i] != tokens[i - np.uint64(1)]):
+                stop = node + 1
+                if last and stop < end and tokens[stop] == tokens[i]:
+                    low, high = stop + 1, end
+                    while low < high:
+                        middle = (low + high) >> 1
+                        if tokens[middle] == tokens[i]:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    stop = low
+                if bits == NO_MASK or _any_bit(allowed, node, stop):
+                    if size == len(slot_score):
+                        return node, size
+                    slot_score[size] = total
+                    slot_row[size] = r
+                    slot_low[size, 0] = node
+                    slot_high[size, 0] = stop
+                    size += 1
     return end, size
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _expand_query(
-    tokens, tokens_wide, pointers, pointers_wide, level, words, before,
-    low, high, score, rows, log_probs, renormalise,
+    tokens, tokens_wide, pointers, pointers_wide, level, bits,
+    low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
     slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-    next_parent, next_token, next_low, next_high, next_score, next_log_prob,
+    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob,
 ):  # fmt: skip
     """:func:`expand` for one query: the same arrays without their first axis. Returns the number of rows.
 
@@ -306,9 +304,6 @@ def _expand_query(
     vocabulary = log_probs.shape[1]
     shared = log_probs.shape[0] == 1
     last = level == pointers.shape[1]
-    unmasked = True
-    for s in range(segments):
-        unmasked = unmasked and words[s] == NO_MASK
     cursor = np.empty(segments, np.int64)
     run_end = np.empty(segments, np.int64)
     norms = np.zeros(rows if renormalise else 1)
@@ -317,7 +312,7 @@ def _expand_query(
         best = -np.inf
         for token in range(vocabulary):
             best = max(best, np.float64(log_probs[0, token]))
-    size = checked = 0
+    size = 0
     threshold = -np.inf
     for r in range(rows):
         base = score[r]
@@ -328,28 +323,22 @@ def _expand_query(
         if renormalise:
             for s in range(segments):
                 cursor[s] = low[r, s]
-            norm = _log_sum(
-                tokens, tokens_wide, pointers, pointers_wide, level, words, before, high[r], row, cursor, run_end
-            )
+            norm = _log_sum(tokens, tokens_wide, last, bits, high[r], row, cursor, run_end)
             norms[r] = norm
         for s in range(segments):
             cursor[s] = low[r, s]
         while True:
-            begin = size
             if segments == 1:
                 if tokens_wide:
                     cursor[0], size = _scan(
-                        _uint16(tokens[0]), cursor[0], low[r, 0], high[r, 0], base, row, norm, threshold,
-                        slot_score, slot_low[:, 0], size, room,
+                        _uint16(tokens[0]), cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
+                        threshold, slot_score, slot_row, slot_low, slot_high, size, r,
                     )  # fmt: skip
                 else:
                     cursor[0], size = _scan(
-                        _uint8(tokens[0]), cursor[0], low[r, 0], high[r, 0], base, row, norm, threshold,
-                        slot_score, slot_low[:, 0], size, room,
+                        _uint8(tokens[0]), cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
+                        threshold, slot_score, slot_row, slot_low, slot_high, size, r,
                     )  # fmt: skip
-                for i in range(begin, size):
-                    slot_row[i] = r
-                    slot_high[i, 0] = _run_end(tokens[0], tokens_wide, slot_low[i, 0], high[r, 0], last)
                 done = cursor[0] == high[r, 0]
             else:
                 done = False
@@ -358,31 +347,25 @@ def _expand_query(
                     if token == vocabulary:
                         done = True
                         break
-                    total = base + min(np.float64(row[np.uint64(token)]) - norm, 0.0)
-                    slot_score[size] = total
-                    slot_row[size] = r
+                    total = base + min(np.float64(row[token]) - norm, 0.0)
+                    if total > threshold and _any_allowed(bits, cursor, run_end):
+                        slot_score[size] = total
+                        slot_row[size] = r
+                        for s in range(segments):
+                            slot_low[size, s] = cursor[s]
+                            slot_high[size, s] = run_end[s]
+                        size += 1
                     for s in range(segments):
-                        slot_low[size, s] = cursor[s]
-                        slot_high[size, s] = run_end[s]
                         cursor[s] = run_end[s]
-                    size += total > threshold
-            if not done:
-                size, threshold = _cut(
-                    slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
-                    pointers, pointers_wide, level, words, before, unmasked,
-                )  # fmt: skip
-                checked = size
-            else:
+            if done:
                 break
-    size, threshold = _cut(
-        slot_score, slot_row, slot_low, slot_high, size, checked, keep, scratch,
-        pointers, pointers_wide, level, words, before, unmasked,
-    )  # fmt: skip
+            size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
+    size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
     _order_best_first(slot_score, size, order, other)
     for at in range(size):
         slot = order[at]
         r = slot_row[slot]
-        token = vocabulary
+        token = np.int64(0)
         for s in range(segments):
             begin = slot_low[slot, s]
             end = slot_high[slot, s]
@@ -393,34 +376,38 @@ def _expand_query(
                 end = _child(pointers[s, level], pointers_wide[s], end)
             next_low[at, s] = begin
             next_high[at, s] = end
-        next_parent[at] = r
-        next_token[at] = token
+        for done_level in range(level):
+            next_codes[at, done_level] = codes[r, done_level]
+            next_level_log_prob[at, done_level] = level_log_prob[r, done_level]
+        norm = norms[r if renormalise else 0]
+        next_codes[at, level] = token
+        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else r, token]) - norm, 0.0)
         next_score[at] = slot_score[slot]
-        norm = norms[r] if renormalise else 0.0
-        next_log_prob[at] = min(np.float64(log_probs[0 if shared else r, token]) - norm, 0.0)
+        next_parent[at] = r
     return size
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def expand(
-    tokens, tokens_wide, pointers, pointers_wide, level, words, before,
-    low, high, score, rows, log_probs, renormalise,
-    next_parent, next_token, next_low, next_high, next_score, next_log_prob, next_rows,
+    tokens, tokens_wide, pointers, pointers_wide, level, bits,
+    low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
+    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob, next_rows,
 ):  # fmt: skip
     """One level of the beam, for every query: the best real and allowed children of its rows.
 
     Children are joined over the segments by token. Best first; ties go to the earlier row, then the lower token.
 
     Args (S segments, L levels, n queries, B rows, V tokens at this level, C rows that result at most):
-        tokens: (S,) uint64 addresses of this level's tokens; tokens_wide: 16-bit instead of 8-bit.
+        tokens: (L, S) uint64 addresses of tokens; tokens_wide: (L,) bool, 16-bit instead of 8-bit.
         pointers: (S, L - 1) uint64 addresses of first_child; pointers_wide: (S,) bool, 64-bit instead of 32-bit.
-        words, before: (n or 1, S) uint64 addresses of the masks' arrays, 0 for none.
+        bits: (n or 1, L, S) uint64 addresses of the allowed nodes' bitmaps, 0 for all.
         low, high: (n, B, S) int64, the interval of children of each row, in nodes of this level.
-        score: (n, B) float64; rows: (n,) live rows, which come first and by falling score.
+        score: (n, B) float64; codes, level_log_prob: (n, B, L) uint16 and float64, up to this level.
+        rows: (n,) live rows, which come first and by falling score.
         log_probs: (n, B or 1, V) of this level's tokens, none above zero; 1: the same for all rows of a query.
         renormalise: over the allowed children of each row instead of the whole vocabulary.
         next_*: the rows that result, (n, C, ...); next_low and next_high are intervals of their children (of items,
-            after the last level), next_log_prob the chosen token's log-probability.
+            after the last level).
     """
     queries, _, segments = low.shape
     room = 3 * next_score.shape[1] + 64
@@ -428,27 +415,25 @@ def expand(
     slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
     for q in range(queries):
-        mask = q if words.shape[0] > 1 else 0
         next_rows[q] = _expand_query(
-            tokens, tokens_wide, pointers, pointers_wide, level, words[mask], before[mask],
-            low[q], high[q], score[q], rows[q], log_probs[q], renormalise,
+            tokens[level], tokens_wide[level], pointers, pointers_wide, level, bits[q % bits.shape[0], level],
+            low[q], high[q], score[q], codes[q], level_log_prob[q], rows[q], log_probs[q], renormalise,
             slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-            next_parent[q], next_token[q], next_low[q], next_high[q], next_score[q], next_log_prob[q],
+            next_parent[q], next_low[q], next_high[q], next_score[q], next_codes[q], next_level_log_prob[q],
         )  # fmt: skip
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def draft(
-    tokens, tokens_wide, pointers, pointers_wide, roots, words, before, log_probs, offsets,
-    codes, low, high, score, live,
+    tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets,
+    low, high, score, codes, level_log_prob, live,
 ):  # fmt: skip
     """All levels at once, where a token's log-probability does not depend on the tokens before it.
 
     Args (as in :func:`expand`, and):
-        tokens: (L, S) uint64; tokens_wide: (L,) bool.
         roots: (S,) int64, nodes of the first level.
         log_probs: (n, sum of V) of all levels' tokens side by side; offsets: (L + 1,) where each level begins.
-        codes: (n, C, L) uint16, low, high: (n, C, S) intervals of items, score: (n, C), live: (n,): the results.
+        low, high, score, codes, level_log_prob, live: the complete rows that result.
     """
     queries, keep, levels = codes.shape
     segments = tokens.shape[1]
@@ -457,10 +442,9 @@ def draft(
     slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
     row_low, row_high = np.empty((keep, segments), np.int64), np.empty((keep, segments), np.int64)
-    row_score, log_prob = np.empty(keep), np.empty(keep)
-    parent, token = np.empty((levels, keep), np.int64), np.empty((levels, keep), np.int64)
+    row_score, parent = np.empty(keep), np.empty(keep, np.int64)
+    row_codes, row_log_prob = np.empty((keep, levels), np.uint16), np.empty((keep, levels))
     for q in range(queries):
-        mask = q if words.shape[0] > 1 else 0
         rows = 1
         row_score[0] = 0.0
         for s in range(segments):
@@ -469,30 +453,30 @@ def draft(
         for level in range(levels):
             own = log_probs[q, offsets[level] : offsets[level + 1]].reshape(1, -1)
             rows = _expand_query(
-                tokens[level], tokens_wide[level], pointers, pointers_wide, level, words[mask], before[mask],
-                row_low, row_high, row_score, rows, own, False,
+                tokens[level], tokens_wide[level], pointers, pointers_wide, level, bits[q % bits.shape[0], level],
+                row_low, row_high, row_score, row_codes, row_log_prob, rows, own, False,
                 slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-                parent[level], token[level], low[q], high[q], score[q], log_prob,
+                parent, low[q], high[q], score[q], codes[q], level_log_prob[q],
             )  # fmt: skip
+            if level == levels - 1:
+                break
             for r in range(rows):
                 row_score[r] = score[q, r]
                 for s in range(segments):
                     row_low[r, s] = low[q, r, s]
                     row_high[r, s] = high[q, r, s]
+                for done_level in range(level + 1):
+                    row_codes[r, done_level] = codes[q, r, done_level]
+                    row_log_prob[r, done_level] = level_log_prob[q, r, done_level]
         live[q] = rows
-        for r in range(rows):
-            at = r
-            for level in range(levels - 1, -1, -1):
-                codes[q, r, level] = token[level, at]
-                at = parent[level, at]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def collect(words, low, high, rows, segment, item, leaf, found):
+def collect(bits, low, high, rows, segment, item, leaf, found):
     """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
 
     Args:
-        words: (n or 1, S) uint64 addresses of the masks' bitmaps, 0 for none.
+        bits: (n or 1, L, S) uint64 addresses of the bitmaps, 0 for all.
         low, high: (n, B, S) int64 intervals of items; rows: (n,) live leaves.
         segment, item, leaf: (n, C) int64 outputs; found: (n,) int64, how many of each query.
     """
@@ -501,12 +485,12 @@ def collect(words, low, high, rows, segment, item, leaf, found):
         count = 0
         for r in range(rows[q]):
             for s in range(low.shape[2]):
-                address = words[q if words.shape[0] > 1 else 0, s]
-                bits = _uint64(address)
+                address = bits[q % bits.shape[0], bits.shape[1] - 1, s]
+                allowed = _uint64(address)
                 for i in range(low[q, r, s], high[q, r, s]):
                     if count == capacity:
                         break
-                    if address == NO_MASK or (bits[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
+                    if address == NO_MASK or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
                         segment[q, count] = s
                         item[q, count] = i
                         leaf[q, count] = r

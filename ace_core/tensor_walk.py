@@ -112,11 +112,9 @@ class TensorWalk:
         Raises:
             QueryError: as :meth:`~ace_core.walk.Walk.masks`.
         """
-        held = self.host.masks(masks, queries).held
-        if all(mask is None for mask in held):
+        rows = self.host.checked_masks(masks, queries)
+        if all(mask is None for row in rows for mask in row):
             return None
-        count = len(self.host.segments)
-        rows = [held[at : at + count] for at in range(0, len(held), count)]
         distinct: dict[tuple[int, ...], int] = {}
         of_query = [distinct.setdefault(tuple(id(m) for m in row), len(distinct)) for row in rows]
         chosen = [rows[of_query.index(number)] for number in range(len(distinct))]
@@ -188,6 +186,7 @@ class TensorWalk:
         some = high > low
         score = rows.score.double().cpu().numpy()
         return Rows(
+            level=self.levels,
             live=np.isfinite(score).sum(1),
             low=np.where(some, low - base, 0),
             high=np.where(some, high - base, 0),

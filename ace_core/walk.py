@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -25,15 +26,16 @@ class Rows:
     """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
 
     Attributes:
+        level: tokens spelled so far.
         live: (n,) int64, rows that exist. The rest of every array is meaningless beyond them.
         low, high: (n, B, S) int64, per segment the interval of the row's children, numbered as nodes of level
             ``level``; after the last level, the interval of its items.
         score: (n, B) float64, summed log-probabilities.
         parent: (n, B) int64, the previous row that each row continues.
-        codes: (n, B, level) uint16, the tokens so far.
-        level_log_prob: (n, B, level) float64.
+        codes: (n, B, levels) uint16, level_log_prob: (n, B, levels) float64; the tokens so far.
     """
 
+    level: int
     live: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -41,10 +43,6 @@ class Rows:
     parent: np.ndarray
     codes: np.ndarray
     level_log_prob: np.ndarray
-
-    @property
-    def level(self) -> int:
-        return self.codes.shape[2]
 
     @property
     def width(self) -> int:
@@ -78,6 +76,10 @@ class Walk:
         self._pointers = np.array([_addresses(s.first_child) for s in self.segments], np.uint64)
         self._pointers = self._pointers.reshape(len(self.segments), levels - 1)
         self._wide = np.array([any(p.dtype == np.int64 for p in s.first_child) for s in self.segments])
+        # for each segment: bitmaps of the masks that someone still holds
+        self._masks: list[WeakKeyDictionary[ItemMask, tuple[np.ndarray, ...]]] = [
+            WeakKeyDictionary() for _ in self.segments
+        ]
         self._roots = np.array([len(s.tokens[0]) for s in self.segments], np.int64)
 
     @property
@@ -93,13 +95,14 @@ class Walk:
         """One row a query, before the first token."""
         low = np.zeros((queries, 1, len(self.segments)), np.int64)
         return Rows(
+            level=0,
             live=np.ones(queries, np.int64),
             low=low,
             high=low + self._roots,
             score=np.zeros((queries, 1)),
             parent=np.zeros((queries, 1), np.int64),
-            codes=np.zeros((queries, 1, 0), np.uint16),
-            level_log_prob=np.zeros((queries, 1, 0)),
+            codes=np.zeros((queries, 1, self.levels), np.uint16),
+            level_log_prob=np.zeros((queries, 1, self.levels)),
         )
 
     def expand(
@@ -119,25 +122,26 @@ class Walk:
             raise _foreign_model(log_probs.shape, self.vocab_sizes)
         if log_probs.shape[1] not in (1, *range(rows.width, rows.low.shape[1] + 1)):
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
-        shape = (queries, beam)
-        low, high = np.empty((2, *shape, len(self.segments)), np.int64)
-        parent, token = np.zeros((2, *shape), np.int64)
-        score, log_prob = np.zeros((2, *shape))
-        live = np.empty(queries, np.int64)
+        following = self._blank(queries, beam, level + 1)
         kernels.expand(
-            self._tokens[level], self._tokens_wide[level], self._pointers, self._wide, level, masks.words,
-            masks.before, rows.low, rows.high, rows.score, rows.live, log_probs, renormalise,
-            parent, token, low, high, score, log_prob, live,
+            self._tokens, self._tokens_wide, self._pointers, self._wide, level, masks.bits,
+            rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live, log_probs, renormalise,
+            following.parent, following.low, following.high, following.score, following.codes,
+            following.level_log_prob, following.live,
         )  # fmt: skip
-        query = np.arange(queries)[:, None]
+        return following
+
+    def _blank(self, queries: int, beam: int, level: int) -> Rows:
+        low, high = np.zeros((2, queries, beam, len(self.segments)), np.int64)
         return Rows(
-            live=live,
+            level=level,
+            live=np.empty(queries, np.int64),
             low=low,
             high=high,
-            score=score,
-            parent=parent,
-            codes=np.concatenate([rows.codes[query, parent], token[..., None].astype(np.uint16)], axis=2),
-            level_log_prob=np.concatenate([rows.level_log_prob[query, parent], log_prob[..., None]], axis=2),
+            score=np.zeros((queries, beam)),
+            parent=np.zeros((queries, beam), np.int64),
+            codes=np.zeros((queries, beam, self.levels), np.uint16),
+            level_log_prob=np.zeros((queries, beam, self.levels)),
         )
 
     def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses) -> Rows:
@@ -150,19 +154,13 @@ class Walk:
         sizes = [table.shape[1] for table in log_probs]
         if tuple(sizes) != self.vocab_sizes:
             raise _foreign_model(sizes, self.vocab_sizes)
-        queries = len(log_probs[0])
-        joined = np.concatenate(log_probs, axis=1)
-        offsets = np.cumsum([0, *sizes])
-        codes = np.zeros((queries, keep, self.levels), np.uint16)
-        low, high = np.zeros((2, queries, keep, len(self.segments)), np.int64)
-        score = np.zeros((queries, keep))
-        live = np.empty(queries, np.int64)
+        rows = self._blank(len(log_probs[0]), keep, self.levels)
         kernels.draft(
-            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots, masks.words, masks.before,
-            joined, offsets, codes, low, high, score, live,
+            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots, masks.bits,
+            np.concatenate(log_probs, axis=1), np.cumsum([0, *sizes]),
+            rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live,
         )  # fmt: skip
-        chosen = joined[np.arange(queries)[:, None, None], codes + offsets[:-1]].astype(np.float64)
-        return Rows(live, low, high, score, np.zeros((queries, keep), np.int64), codes, chosen)
+        return rows
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
@@ -185,12 +183,23 @@ class Walk:
         capacity = int(min(limit, max(1, self.items_below(rows).max(initial=0))))
         segment, item, leaf = np.zeros((3, len(rows.live), capacity), np.int64)
         found = np.empty(len(rows.live), np.int64)
-        kernels.collect(masks.words, rows.low, rows.high, rows.live, segment, item, leaf, found)
+        kernels.collect(masks.bits, rows.low, rows.high, rows.live, segment, item, leaf, found)
         width = int(found.max(initial=0))
         return segment[:, :width], item[:, :width], leaf[:, :width], found
 
     def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> MaskAddresses:
         """Masks as the kernels read them: for all queries one mask a segment, or for every query its own.
+
+        Raises:
+            QueryError: their number or lengths do not fit the segments.
+        """
+        per_query = self.checked_masks(masks, queries)
+        held = tuple(tuple(self._node_bits(s, m) for s, m in enumerate(row)) for row in per_query)
+        addresses = [[_addresses(level) for level in zip(*row)] for row in held]
+        return MaskAddresses(np.array(addresses, np.uint64), held)
+
+    def checked_masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> list[Masks]:
+        """Masks by query: a list of one, for all queries, or of one for each.
 
         Raises:
             QueryError: their number or lengths do not fit the segments.
@@ -211,20 +220,33 @@ class Walk:
                         f"a mask of {mask.items} items for a segment of {segment.items}",
                         remedy="Build the mask over the segment's sorted items.",
                     )
-        return MaskAddresses(
-            words=np.array([_addresses([None if m is None else m.words for m in row]) for row in per_query]),
-            before=np.array([_addresses([None if m is None else m.before for m in row]) for row in per_query]),
-            held=tuple(m for row in per_query for m in row),
-        )
+        return per_query
+
+    def _node_bits(self, segment: int, mask: ItemMask | None) -> tuple[np.ndarray | None, ...]:
+        """Per level the bitmap of nodes that have an allowed item below them: made once for a mask, then one look-up
+        a child instead of a walk down to its items."""
+        if mask is None:
+            return (None,) * self.levels
+        known = self._masks[segment].get(mask)
+        if known is None:
+            below = mask.words
+            bits = [below]
+            for pointers in reversed(self.segments[segment].first_child):
+                nodes = np.zeros((len(pointers) - 1) // 64 + 1, np.uint64)
+                kernels.mark_parents(below, pointers, nodes)
+                below = nodes
+                bits.append(below)
+            known = tuple(reversed(bits))
+            self._masks[segment][mask] = known
+        return known
 
 
 @dataclass(frozen=True, eq=False)
 class MaskAddresses:
-    """Addresses of mask arrays, (n or 1, S) uint64, 0 for no mask; ``held`` keeps the arrays alive."""
+    """Addresses of node bitmaps, (n or 1, levels, S) uint64, 0 for no mask; ``held`` keeps the bitmaps alive."""
 
-    words: np.ndarray
-    before: np.ndarray
-    held: tuple[ItemMask | None, ...]
+    bits: np.ndarray
+    held: tuple[tuple[tuple[np.ndarray | None, ...], ...], ...]
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:

@@ -7,8 +7,10 @@ covers one level's tokens instead of all.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -20,9 +22,10 @@ from ace_core.query import QueryBatch
 
 _START = 2  # BART's first decoder token
 _SPECIAL = 4
+_SHARPNESS = 8.0
 
 
-def random_bart(vocab_sizes: Sequence[int], *, width: int = 256, layers: int = 2, seed: int = 0, sharpness: float = 8.0):
+def random_bart(vocab_sizes: Sequence[int], *, width: int = 256, layers: int = 2, seed: int = 0):
     """A BART with random weights, sharp enough that its beams differ.
 
     Returns:
@@ -40,7 +43,7 @@ def random_bart(vocab_sizes: Sequence[int], *, width: int = 256, layers: int = 2
         for parameter in model.model.decoder.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 1 / parameter.shape[1] ** 0.5)
-        model.model.shared.weight.mul_(sharpness / width**0.5 / model.model.shared.weight.std())
+        model.model.shared.weight.mul_(_SHARPNESS / width**0.5 / model.model.shared.weight.std())
     model.generation_config.eos_token_id = None
     model.generation_config.forced_eos_token_id = None
     model.generation_config.pad_token_id = 1
@@ -88,7 +91,7 @@ class BartSpeller:
         table = model.lm_head.weight.detach()
         bias = model.final_logits_bias[0]
         self._head = nn.ModuleList()
-        for a, b in zip(edges[:-1], edges[1:]):
+        for a, b in pairwise(edges):
             linear = nn.Linear(table.shape[1], b - a)
             linear.weight = nn.Parameter(table[a:b].clone(), requires_grad=False)
             linear.bias = nn.Parameter(bias[a:b].clone(), requires_grad=False)
@@ -96,8 +99,6 @@ class BartSpeller:
 
     def quantised(self) -> BartSpeller:
         """A copy whose linear layers are 8-bit (weights ahead, activations as they come)."""
-        import copy
-
         out = copy.copy(self)
         out._decoder = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._decoder), {nn.Linear}, torch.qint8)
         out._head = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._head), {nn.Linear}, torch.qint8)

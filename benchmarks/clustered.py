@@ -111,7 +111,7 @@ def coded(world: World, items: int, *, levels: int = 5, codes: int = 256, cache:
     for level in range(levels):
         kmeans = faiss.Kmeans(world.dim, codes, niter=6, seed=level, max_points_per_centroid=100, verbose=False)
         kmeans.train(left)
-        tables.append(kmeans.centroids.copy())
+        tables.append(np.array(kmeans.centroids))
         index = faiss.IndexFlatL2(world.dim)
         index.add(tables[-1])
         indexes.append(index)

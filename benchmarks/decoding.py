@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -21,7 +22,10 @@ from ace_core.config import GeneratorSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import beam_search, one_shot_search
 from ace_core.filters import ItemMask
+from ace_core.generator.model import Generator
+from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
+from ace_core.space import unit_query
 from ace_core.walk import Walk
 from benchmarks.bart import BartSpeller, generate, random_bart
 from benchmarks.clustered import Codes, World, coded, queries_near
@@ -43,9 +47,6 @@ class TableSpeller:
             for t in self.tables
         ]
 
-    def one_shot(self, query: QueryBatch) -> list[torch.Tensor]:
-        return [t[: len(query)] for t in self.tables]
-
 
 def build_figures(codes: Codes, items: int) -> tuple[ConstraintIndex, list]:
     begin = time.perf_counter()
@@ -61,14 +62,15 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
     trie_begin = time.perf_counter()
     trie = DictTrie(codes.codes)
     trie_seconds = time.perf_counter() - trie_begin
-    static = StaticIndex(index)
+    static = StaticIndex(ConstraintIndex.build(np.unique(codes.codes, axis=0), codes.vocab_sizes))
     rival = prefix_function_step(trie, BEAM)
     masks = walk.masks(None, BATCH)
     some = walk.masks([ItemMask.of(np.random.default_rng(0).random(index.items) < 0.01)], BATCH)
     rows = walk.expand(walk.root(BATCH), speller.tables[0].numpy()[:, None], BEAM, masks)
     filtered = walk.expand(walk.root(BATCH), speller.tables[0].numpy()[:, None], BEAM, some)
     states = torch.from_numpy(rows.codes[:, :, 0].astype(np.int64))
-    totals = {"fused walk": 0.0, "prefix function": 0.0, "STATIC gather": 0.0, "unmasked top-k": 0.0, "filtered 1 %": 0.0}
+    ways = ("fused walk", "prefix function", "STATIC gather", "unmasked top-k", "filtered 1 %")
+    totals = dict.fromkeys(ways, 0.0)
     lines = []
     for level in range(1, walk.levels):
         width = rows.width
@@ -80,7 +82,7 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
         at = states[:, :width]
         wide = filtered.width
         of_filtered = speller.noisy[level][:, :wide].contiguous().numpy()
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "fused walk": lambda r=rows, lp=own: walk.expand(r, lp, BEAM, masks),
             "prefix function": lambda p=prefixes, s=scores32, lp=log_probs: rival(p, s, lp),
             "STATIC gather": lambda a=at, s=scores32, lp=log_probs, v=level: static.step(v, a, s, lp, BEAM),
@@ -131,7 +133,8 @@ def against_generate(codes: Codes, index: ConstraintIndex, seconds: float, batch
         found = ours(speller, scoring="children", limit=100 * beam)
         for q in range(batch):
             distinct = list(dict.fromkeys(map(tuple, found.codes[q][found.valid[q]].tolist())))
-            assert distinct == [tuple((row - torch.tensor(offsets)).tolist()) for row in tokens[q]], "not the same top-k"
+            theirs = [tuple(row.tolist()) for row in tokens[q] - torch.tensor(offsets)]
+            assert distinct == theirs, "not the same top-k"
         taken = interleaved(
             {
                 "generate + prefix function, fp32": lambda: generate(bart, query, beam, index.levels, allowed),
@@ -151,16 +154,127 @@ def against_generate(codes: Codes, index: ConstraintIndex, seconds: float, batch
     return {name: base / value for name, value in taken.items()}
 
 
-def by_size(worlds: dict[int, tuple[Codes, ConstraintIndex]], seconds: float) -> dict[str, float]:
-    """Search time at several corpus sizes, autoregressive (a decoder of the product's own) and one-shot."""
-    from ace_core.generator import Generator
+def _generator(codes: Codes) -> Generator:
+    """An unfitted generator of the product's default shape over these codewords."""
+    words = [np.pad(table, ((0, 0), (0, 1))) for table in codes.codewords]  # the last coordinate is the popularity
+    dim = words[0].shape[1]
+    same = np.eye(dim, dtype=np.float32)
+    quantizer = Quantizer(words[0], same, words[1], same, tuple(words[2:]), tuple(words[1:]))
+    torch.manual_seed(0)
+    return Generator(GeneratorSettings(), quantizer, text_width=32, text_layers=1).eval()
 
+
+def _query(codes: Codes, world: World, batch: int) -> QueryBatch:
+    x, _ = next(world.vectors(2000))
+    queries, _ = queries_near(x, batch)
+    return QueryBatch(unit_query(torch.from_numpy(np.pad(queries, ((0, 0), (0, 1))))))
+
+
+def by_size(world: World, corpora: dict[int, tuple[Codes, ConstraintIndex]], seconds: float) -> dict[str, float]:
+    """Ratios of search times: the largest corpus to the smallest, and a filter that keeps 1 % to none."""
     runs = {}
-    for items, (codes, index) in worlds.items():
-        queries, _ = queries_near(np.concatenate([c for c in codes.codewords[1:2]]), BATCH)
-        generator = Generator.from_codewords(GeneratorSettings(), codes.codewords)  # type: ignore[attr-defined]
-        query = QueryBatch(torch.from_numpy(queries))
-        walk = Walk([index])
-        runs[f"beam, {items:,}"] = lambda g=generator, q=query, w=walk: beam_search(g, q, w, beam=BEAM)
-        runs[f"one-shot, {items:,}"] = lambda g=generator, q=query, w=walk: one_shot_search(g, q, w, draft=200)
-    return interleaved(runs, seconds=seconds)
+    for items, (codes, index) in corpora.items():
+        generator, query, walk = _generator(codes), _query(codes, world, BATCH), Walk([index])
+        some = [ItemMask.of(np.random.default_rng(0).random(index.items) < 0.01)]
+        for name, mask in ((f"{items:,}", None), (f"{items:,}, filter keeps 1 %", some)):
+            runs["beam", name] = lambda g=generator, q=query, w=walk, m=mask: beam_search(g, q, w, m, beam=BEAM)
+            runs["one-shot", name] = lambda g=generator, q=query, w=walk, m=mask: one_shot_search(g, q, w, m, draft=200)
+    taken = interleaved(runs, seconds=seconds)  # type: ignore[arg-type, type-var]
+    small, large = min(corpora), max(corpora)
+    table(
+        f"search by corpus size (generator of the default shape, batch {BATCH}, beam {BEAM}, draft 200), ms a query",
+        ("items", "beam", "one-shot"),
+        [[n, *(1e3 * taken[m, n] / BATCH for m in ("beam", "one-shot"))] for _, n in list(runs)[::2]],  # type: ignore[index]
+    )
+    figures = {}
+    for mode in ("beam", "one-shot"):
+        plain = taken[mode, f"{large:,}"]  # type: ignore[index]
+        figures[f"{mode} large"] = plain / taken[mode, f"{small:,}"]  # type: ignore[index]
+        figures[f"{mode} filtered"] = taken[mode, f"{large:,}, filter keeps 1 %"] / plain  # type: ignore[index]
+    return figures
+
+
+def floor(world: World, codes: Codes, index: ConstraintIndex, seconds: float) -> None:
+    """Arithmetic that one query needs, at this machine's best rate, against what a search takes."""
+    generator, query, walk = _generator(codes), _query(codes, world, BATCH), Walk([index])
+    a = torch.randn(512, 512)
+    taken = interleaved(
+        {
+            "rate": lambda: a @ a,
+            "beam": lambda: beam_search(generator, query, walk, beam=BEAM),
+            "one-shot": lambda: one_shot_search(generator, query, walk, draft=200),
+        },
+        seconds=seconds,
+    )
+    rate = 2 * 512**3 / taken["rate"]
+    dim = codes.codewords[0].shape[1] + 1
+    heads = sum(codes.vocab_sizes) * dim
+    layers = sum(p.numel() for part in (generator._layers, generator._deltas) for p in part.parameters())
+    rows = [3] + [BEAM] * (walk.levels - 2)
+    needed = {
+        "beam": 2 * sum(r * (layers + heads / walk.levels) for r in rows),
+        "one-shot": 2.0 * (heads + sum(p.numel() for p in generator._refine_feed.parameters())),
+    }
+    table(
+        f"the floor: arithmetic of one query at {rate / 1e9:.0f} GFLOP/s (one thread)",
+        ("mode", "MFLOP", "floor ms", "search ms", "times the floor"),
+        [
+            [m, f / 1e6, 1e3 * f / rate, 1e3 * taken[m] / BATCH, taken[m] / BATCH / (f / rate)]
+            for m, f in needed.items()
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100k items at most, under a minute")
+    parser.add_argument("--items", type=int, nargs="+", help="corpus sizes (default 10k, 100k, 1M, 10M)")
+    parser.add_argument("--json", type=Path, help="write the named figures to this file")
+    parser.add_argument("--cache", type=Path, help="folder that keeps identifiers for the next run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    sizes = options.items or ([10_000, 100_000] if options.quick else [10_000, 100_000, 1_000_000, 10_000_000])
+    seconds = 4.0 if options.quick else 20.0
+    world = World()
+    corpora: dict[int, tuple[Codes, ConstraintIndex]] = {}
+    lines = []
+    for items in sorted(sizes):
+        codes = coded(world, items, cache=options.cache)
+        index, line = build_figures(codes, items)
+        corpora[items] = codes, index
+        lines.append(line)
+    table("index", ("items", "bytes an item", "build s", "build s per million"), lines)
+    # the dict trie of the rivals takes half a kilobyte an item
+    middle = max(n for n in corpora if n <= 1_000_000)
+    codes, index = corpora[middle]
+    x, _ = next(world.vectors(2000))
+    step, bytes_of = constraint_step(codes, index, seconds, queries_near(x, BATCH)[0])
+    ratios = against_generate(codes, index, 2 * seconds, batch=4, beam=BEAM)
+    scaling = by_size(world, {n: corpora[n] for n in (min(corpora), max(corpora))}, seconds)
+    floor(world, codes, index, seconds / 2)
+    write_figures(
+        options.json,
+        {
+            "constraint_items": middle,
+            "constraint_vs_prefix_fn": step["prefix function"] / step["fused walk"],
+            "constraint_vs_static": step["STATIC gather"] / step["fused walk"],
+            "constraint_vs_unmasked_topk": step["unmasked top-k"] / step["fused walk"],
+            "bytes_per_item": bytes_of["ours"],
+            "bytes_vs_dict_trie": bytes_of["dict trie"] / bytes_of["ours"],
+            "bytes_vs_static": bytes_of["STATIC"] / bytes_of["ours"],
+            "build_seconds_per_million": lines[-1][-1],
+            "ar_vs_generate_fp32": ratios["ours, fp32, the same scores"],
+            "ar_vs_generate_int8": ratios["ours, int8, early finish"],
+            "smallest_items": min(corpora),
+            "largest_items": max(corpora),
+            "ten_million_vs_ten_thousand_ar": scaling["beam large"],
+            "ten_million_vs_ten_thousand_one_shot": scaling["one-shot large"],
+            "filtered_1pct_vs_unfiltered": scaling["beam filtered"],
+            "filtered_1pct_vs_unfiltered_one_shot": scaling["one-shot filtered"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -45,10 +45,9 @@ def prefix_function_step(trie: DictTrie, beam: int) -> Callable[..., tuple[torch
     Returns:
         step(prefixes (n * B, l) int64, scores (n, B), log_probs (n, B, V)) -> top (n, beam) scores and flat indices.
     """
-    processor = PrefixConstrainedLogitsProcessor(lambda _, sent: trie.children(sent.tolist()), beam)
-
     def step(prefixes: torch.Tensor, scores: torch.Tensor, log_probs: torch.Tensor):
         n, rows, vocabulary = log_probs.shape
+        processor = PrefixConstrainedLogitsProcessor(lambda _, sent: trie.children(sent.tolist()), rows)
         masked = processor(prefixes, log_probs.reshape(n * rows, vocabulary))
         total = masked.view(n, rows, vocabulary) + scores[..., None]
         return total.flatten(1).topk(beam, dim=1)
@@ -61,6 +60,7 @@ class StaticIndex:
     gathered to the level's widest row."""
 
     def __init__(self, index: ConstraintIndex) -> None:
+        """Of an index of distinct identifiers: it has no notion of a bucket."""
         first, second = index.vocab_sizes[:2]
         self.levels = index.levels
         tokens = [torch.from_numpy(np.asarray(t).astype(np.int32)) for t in index.tokens]
@@ -78,7 +78,6 @@ class StaticIndex:
 
     def step(self, level: int, states: torch.Tensor, scores: torch.Tensor, log_probs: torch.Tensor, beam: int):
         """States (n, B): first tokens at level 1, nodes after. Returns top scores, parents, tokens, states."""
-        n, rows, _ = log_probs.shape
         if level == 1:
             following = self.dense[states].long()
             total = torch.where(following >= 0, log_probs, -torch.inf) + scores[..., None]
