@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ace_core.config import Settings
+from ace_core.errors import CorpusError
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
 from pipelines.corpus import caption_pairs, captions_part, load_captions, load_corpus, validation_pairs
@@ -20,6 +21,13 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
     """
     features = store.latest("features")
     corpus = load_corpus(store, features.id, settings)
+    if len(corpus.split.train_pairs) < 2:
+        raise CorpusError(
+            f"{len(corpus.features):,} items have {len(corpus.split.train_pairs)} captions to train on",
+            where=features.settings["corpus_root"],
+            remedy="Describe at least some of the items: captions.jsonl, .csv or .parquet in the corpus folder, or a "
+            "text file beside each item; then run `ace ingest` again (nothing is encoded twice).",
+        )
     texts = captions_part(corpus, settings, store, reporter)
     inputs = {"features": features.id, "texts": texts.id}
     chosen = {
