@@ -161,6 +161,7 @@ def run(
     if Store.open(settings.store).current().snapshot is None:
         raise StoreError("nothing has been published here", where=settings.store, remedy="Run `ace publish` first.")
     port = _free_port(chosen.host, chosen.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
     if not ray.is_initialized():
         ray.init(address=settings.compute.address, include_dashboard=False, log_to_driver=False)
     serve.start(

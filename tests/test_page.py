@@ -124,6 +124,13 @@ def test_a_search_shows_pictures_sounds_and_clips(site: Site, page: Page) -> Non
     assert page.title() == "red circle · ACE"
 
 
+def test_hits_below_the_threshold_stand_apart(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red+circle&m=image")
+    sure = page.locator(".grid > li").evaluate_all("rows => rows.findIndex(r => r.className === 'less')")
+    scores = page.locator(".card .score").evaluate_all("all => all.map(s => parseInt(s.textContent.match(/\\d+/)[0]))")
+    assert sure == sum(score >= 50 for score in scores) > 0
+
+
 def test_a_sound_shows_its_waveform_and_plays(site: Site, page: Page) -> None:
     page.goto(f"{site.address}/?q=440+hertz&m=audio")
     card = page.locator(".card[data-id='tone-440']")
@@ -249,13 +256,17 @@ def test_the_keyboard_is_enough(site: Site, page: Page) -> None:
     page.keyboard.press("ArrowRight")
     assert page.evaluate(focused) == _cards(page)[1]
     page.keyboard.press("ArrowDown")
-    row = page.evaluate("getComputedStyle(document.querySelector('.grid')).gridTemplateColumns.split(' ').length")
-    assert page.evaluate(focused) == _cards(page)[1 + row]
+    below = page.evaluate(focused)
+    boxes = {name: page.locator(f".card[data-id='{name}']").bounding_box() for name in (_cards(page)[1], below)}
+    above, under = boxes.values()
+    assert above and under and under["x"] == above["x"] and under["y"] > above["y"]
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate(focused) == _cards(page)[1]
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()
-    assert page.evaluate(focused) == _cards(page)[1 + row], "focus comes back to where it was"
+    assert page.evaluate(focused) == _cards(page)[1], "focus comes back to where it was"
     page.keyboard.press("/")
     page.keyboard.type("blue triangle")
     page.keyboard.press("Enter")
