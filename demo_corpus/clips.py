@@ -113,7 +113,13 @@ def scenes(count: int) -> list[Scene]:
     Raises:
         SettingsError: there are not as many.
     """
-    things = [p for p in catalogue() if p.group in _GROUPS and p.subgroup not in _SUBGROUPS_OUT]
+    things = [
+        p
+        for p in catalogue()
+        if p.group in _GROUPS
+        and p.subgroup not in _SUBGROUPS_OUT
+        and with_article(p.name) != p.name  # the texts are in the singular
+    ]
     things.sort(key=lambda p: p.name not in _FAMILIAR)
     per_thing = min(6, len(_MOTIONS))
     if count > len(things) * per_thing:
