@@ -181,7 +181,8 @@ class Engine:
         try:
             wanted = (await loop.run_in_executor(self._load, self._store.current)).snapshot
             if wanted is None or wanted == self._live.snapshot.id:
-                self._refused = self._reason = None
+                self._refused = None
+                self._reason = None if wanted else "the store names no snapshot any more"
                 return
             if wanted == self._refused and time.monotonic() - self._tried_at < _RETRY_SECONDS:
                 return
