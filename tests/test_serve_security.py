@@ -10,12 +10,12 @@ from pathlib import Path
 
 import anyio
 import pytest
-from moto.server import ThreadedMotoServer
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
+from ace_store.location import open_location
 from serve import media
 from serve.auth import KeyRing, main, new_key, read_keys
 from serve.gate import PUBLIC_PATHS
@@ -274,37 +274,27 @@ def test_the_resolver_takes_every_way_of_naming_a_file_below(tmp_path: Path) -> 
     assert media.resolve(str(root), name).etag != before
 
 
-def test_the_resolver_stays_below_its_prefix_on_s3(monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        s3 = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        s3.create_bucket(Bucket="media")
-        for key in ("corpus/a/b.png", "corpus-2/secret.png", "secret.png"):
-            s3.put_object(Bucket="media", Key=key, Body=b"12345678")
-        root = f"s3://media/corpus?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        for uri in ("a/b.png", "s3://media/corpus/a/b.png"):
-            file = media.resolve(root, uri)
-            assert file.size == 8
-            with file.filesystem.open_input_file(file.path) as f:
-                assert f.read() == b"12345678"
-        for uri in (
-            "../secret.png",
-            "s3://media/secret.png",
-            "s3://media/corpus-2/secret.png",
-            "s3://other/a",
-            "/a",
-            "a",
-        ):
-            with pytest.raises(StoreError):
-                media.resolve(root, uri)
-    finally:
-        server.stop()
+def test_the_resolver_stays_below_its_prefix_on_s3(s3: str) -> None:
+    bucket = open_location(f"s3://bucket{s3}")
+    for key in ("corpus/a/b.png", "corpus-2/secret.png", "secret.png"):
+        with bucket.filesystem.open_output_stream(bucket.path(key)) as f:
+            f.write(b"12345678")
+    root = f"s3://bucket/corpus{s3}"
+    for uri in ("a/b.png", "s3://bucket/corpus/a/b.png"):
+        file = media.resolve(root, uri)
+        assert file.size == 8
+        with file.filesystem.open_input_file(file.path) as f:
+            assert f.read() == b"12345678"
+    for uri in (
+        "../secret.png",
+        "s3://bucket/secret.png",
+        "s3://bucket/corpus-2/secret.png",
+        "s3://other/a",
+        "/a",
+        "a",
+    ):
+        with pytest.raises(StoreError):
+            media.resolve(root, uri)
 
 
 def test_only_media_types_are_named_to_the_browser(tmp_path: Path) -> None:
