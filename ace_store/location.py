@@ -92,7 +92,10 @@ def _open_s3(uri: str) -> Location:
             region = fs.resolve_s3_region(parsed.netloc)
         except OSError:
             region = None  # a private bucket behind a proxy: let the request itself say what is wrong
-    options: dict[str, Any] = {"anonymous": query.get("anonymous", "").lower() in ("1", "true", "yes")}
+    options: dict[str, Any] = {
+        "anonymous": query.get("anonymous", "").lower() in ("1", "true", "yes"),
+        "allow_delayed_open": True,  # a small file is one request, not three
+    }
     if endpoint:
         options |= {"endpoint_override": endpoint, "scheme": scheme, "allow_bucket_creation": False}
     if region:

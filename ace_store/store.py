@@ -72,6 +72,7 @@ class Store:
         self.filesystem = location.filesystem
         self.local = location.local
         self._cache = cache
+        self._marked = False
 
     @classmethod
     def open(cls, uri: str | Path, *, cache: Path | None = None) -> Store:
@@ -359,8 +360,9 @@ class Store:
     # -- inside --------------------------------------------------------------------------------------------
 
     def _mark(self) -> None:
-        if self._info(STORE_NAME).type == fs.FileType.NotFound:
+        if not self._marked and self._info(STORE_NAME).type == fs.FileType.NotFound:
             self.write_json(STORE_NAME, {"format_version": FORMAT_VERSION})
+        self._marked = True
 
     def _info(self, name: str) -> fs.FileInfo:
         try:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColu
 from rich.table import Table
 
 LOG_SECONDS = 15.0  # between two lines of one step in a log
+LOG_WIDTH = 160  # columns of a table that goes to a file or another program
 
 
 class Step:
@@ -98,7 +99,8 @@ class Reporter:
 
     def result(self, table: Table | str) -> None:
         """The answer of a command."""
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=isinstance(table, str))
+        width = None if sys.stdout.isatty() else LOG_WIDTH
+        console = Console(file=sys.stdout, highlight=False, soft_wrap=isinstance(table, str), width=width)
         if isinstance(table, str):
             console.print(table, markup=False)
         else:

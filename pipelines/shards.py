@@ -228,13 +228,12 @@ def carry_over(
             old_rows, new_rows = [], []
             columns = (table.column(n).to_pylist() for n in ("item_id", "uri", "stamp", "content_hash"))
             for number, (item_id, uri, stamp, content_hash) in enumerate(zip(*columns)):
+                known[content_hash] = (path, number)
                 row = row_of.get(item_id)
                 if row is not None and uris[row] == uri and stamps[row] == stamp:
                     del row_of[item_id]
                     old_rows.append(number)
                     new_rows.append(row)
-                else:
-                    known[content_hash] = (path, number)
             if old_rows:
                 old = table.take(pa.array(old_rows))
                 hashes = old.column("content_hash").combine_chunks()

@@ -1,10 +1,9 @@
-"""The store, on a local disk and on a real S3 server (moto's, in this process)."""
+"""The store, on a local disk and on a real S3 server."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,6 @@ from ace_core.errors import StoreError
 from ace_core.manifest import MANIFEST_NAME, Manifest
 from ace_store import Store, open_location
 from ace_store.current import Current
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Address of a bucket on an S3 server, as a store URI's beginning and options."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        import boto3
-
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
-        yield f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
