@@ -10,7 +10,9 @@
 # and would hand over unchecked settings if that were a string.
 import asyncio
 import logging
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -173,12 +175,21 @@ def run(
     _wait_until_ready(address, ready_seconds)
     on_ready(address)
     if blocking:
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            stop()
+        _wait_for_the_end()
+        stop()
     return address
+
+
+def _wait_for_the_end() -> None:
+    """Until Ctrl-C, or SIGTERM as service managers and containers send it."""
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop() -> None:
