@@ -124,7 +124,7 @@ class GeneratorSettings(Section):
     heads: int = Field(4, ge=1, description="attention heads; the width is a multiple of them")
     layers: int = Field(2, ge=1, description="decoder layers")
     dropout: float = Field(0.2, ge=0, lt=1)
-    epochs: int = Field(10, ge=1, description="passes over the captions (over the items, where there are none)")
+    epochs: int = Field(4, ge=1, description="passes over the captions (over the items, where there are none)")
     batch_size: int = Field(256, ge=2, description="queries of an optimiser step, over all workers")
     accumulate: int = Field(1, ge=1, description="parts that a step's batch is computed in, to save memory")
     learning_rate: float = Field(1e-3, gt=0)

@@ -15,6 +15,7 @@ from ace_core.query import QueryBatch
 from ace_core.space import unit_query
 
 DIM, WIDTH, LAYERS, TOKENS = 16, 24, 3, 7
+torch.set_num_threads(1)
 
 
 def unit(rng: np.random.Generator, n: int) -> np.ndarray:
