@@ -113,7 +113,9 @@ def build_corpus(folder: Path, size: DemoSize, reporter: Reporter) -> None:
         before = {"pictures": 0, "sounds": size.pictures, "clips": size.pictures + size.sounds}
 
         def progress(kind: str, done: int, _: int) -> None:
-            step.update(before[kind] + done)
+            if kind != step.note:
+                step.restart_pace()
+            step.update(before[kind] + done, kind)
 
         build_demo_corpus(folder, size.pictures, size.sounds, size.clips, progress)
 

@@ -90,7 +90,7 @@ def _ingest_modality(
                 items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good])
             buffer.add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
             bad += len(failed)
-            step.advance(rows.num_rows, f"{bad:,} bad files" if bad else "")
+            step.advance(rows.num_rows, f"{bad:,} bad" if bad else "")
         buffer.flush()
 
 

@@ -42,6 +42,11 @@ class Step:
         """Say that ``count`` more are done."""
         self.update(self.done + count, note)
 
+    def restart_pace(self) -> None:
+        """What follows takes another time an item than what was."""
+        with self.lock:
+            self._first_time = None
+
     @property
     def pace(self) -> float | None:
         """Units a second, or None before there is anything to measure."""
@@ -52,6 +57,8 @@ class Step:
 
     def figures(self) -> str:
         """For example "480/1500 items, 12.1 items/s, 1 min 24 s left, 2 errors"."""
+        if self._first_time is None and not self.done:
+            return f"{self.total:,} {self.unit}, starting" if self.total else "starting"
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         pace = self.pace
         if pace:
