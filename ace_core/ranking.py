@@ -34,7 +34,7 @@ class Ranker:
     Attributes:
         generator, similarity: the weights w_g, w_s >= 0.
         calibration: (a, b, c): a candidate's probability of being right is
-            sigmoid(a * log posterior among the candidates + b * similarity + c).
+            sigmoid(a * logit of the posterior among the candidates + b * similarity + c).
         threshold: probability below which a query's best candidate is no confident match.
     """
 
@@ -53,7 +53,7 @@ class Ranker:
     def probability(self, score: np.ndarray, similarity: np.ndarray) -> np.ndarray:
         """Calibrated probabilities (n, c) of being the right item, from :meth:`score`'s (0 where a score is -inf)."""
         a, b, c = self.calibration
-        out = 1 / (1 + np.exp(-np.clip(a * _log_posterior(score) + b * similarity + c, -50, 50)))
+        out = 1 / (1 + np.exp(-np.clip(a * _posterior_logit(score) + b * similarity + c, -50, 50)))
         return np.where(np.isneginf(score), 0.0, out)
 
     def save(self, path: Path) -> None:
@@ -74,10 +74,11 @@ class Ranker:
             raise StoreError(f"cannot read the ranking ({e})", where=path, remedy="Fit the generator again.") from None
 
 
-def _log_posterior(score: np.ndarray) -> np.ndarray:
-    """Log-softmax of scores (n, c) over the candidates, at least -50."""
+def _posterior_logit(score: np.ndarray) -> np.ndarray:
+    """Logit of the softmax of scores (n, c) over the candidates, within -30 .. 10."""
     filled = np.where(np.isneginf(score), _LOWEST, score).astype(np.float64)
-    return np.maximum(filled - np.logaddexp.reduce(filled, axis=1, keepdims=True), -50)
+    log_p = np.clip(filled - np.logaddexp.reduce(filled, axis=1, keepdims=True), -30, -1e-9)
+    return np.minimum(log_p - np.log(-np.expm1(log_p)), 10.0)
 
 
 def fit_ranker(
@@ -129,7 +130,7 @@ def _calibrated(
     scores = ranker.score(log_prob, similarity, valid)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :_FOUND_WITHIN]
     kept = np.take_along_axis(valid, order, 1)
-    columns = [np.take_along_axis(f, order, 1)[kept] for f in (_log_posterior(scores), similarity)]
+    columns = [np.take_along_axis(f, order, 1)[kept] for f in (_posterior_logit(scores), similarity)]
     x = torch.from_numpy(np.stack(columns, -1)).double()
     y = torch.from_numpy(np.take_along_axis(right, order, 1)[kept]).double()
     centre, spread = x.mean(0), x.std(0).clamp_min(1e-6)

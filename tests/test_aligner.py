@@ -1,0 +1,179 @@
+"""The aligner: heads, caption memory, popularity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ace_core.aligner import Aligner, CaptionPairs, fit_aligner, info_nce
+from ace_core.config import AlignerSettings
+from ace_core.errors import CorpusError, StoreError
+from ace_core.fitting import FitHooks, Progress
+from ace_core.items import Modality
+from ace_core.space import unit_query
+
+torch.set_num_threads(1)
+SETTINGS = AlignerSettings(dim=17, hidden=32, epochs=12, batch_size=64, dropout=0.1, weight_decay=0.01, bank=512)
+
+
+class World:
+    """Two modalities whose features and texts are noisy views of one hidden topic; the last third has no captions."""
+
+    def __init__(self, items: int = 240, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        topics = rng.normal(size=(items, 8))
+        self.split = 160
+        views = {Modality.IMAGE: rng.normal(size=(8, 20)), Modality.AUDIO: rng.normal(size=(8, 12))}
+        image, audio = np.arange(items) < self.split, np.arange(items) >= self.split
+        self.features = {
+            m: (topics[rows] @ views[m] + 0.3 * rng.normal(size=(rows.sum(), views[m].shape[1]))).astype(np.float32)
+            for m, rows in ((Modality.IMAGE, image), (Modality.AUDIO, audio))
+        }
+        to_text = rng.normal(size=(8, 24))
+        self.rows = np.repeat(np.arange(items), 4)
+        self.pooled = (topics[self.rows] @ to_text + 1.0 * rng.normal(size=(4 * items, 24))).astype(np.float32)
+        captioned = self.rows % 3 < 2
+        held = np.arange(4 * items) % 4 == 3
+        self.train = self.pairs(captioned & ~held)
+        self.validation = self.pairs(held)
+        self.unseen = self.pairs(~captioned)
+
+    def pairs(self, which: np.ndarray) -> CaptionPairs:
+        return CaptionPairs(self.pooled[which], self.rows[which])
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(scope="module")
+def aligner(world: World) -> Aligner:
+    return fit_aligner(world.features, world.train, SETTINGS, validation=world.validation)[0]
+
+
+def recall(aligner: Aligner, pairs: CaptionPairs, items: np.ndarray, k: int = 10) -> float:
+    scores = aligner.text_vectors(pairs.pooled) @ items.T
+    gold = scores[np.arange(len(pairs)), pairs.rows][:, None]
+    return float(((scores > gold).sum(1) < k).mean())
+
+
+def test_info_nce_never_pushes_twins_apart() -> None:
+    text = torch.nn.functional.normalize(torch.randn(3, 4), dim=-1)
+    items = torch.nn.functional.normalize(torch.randn(3, 4), dim=-1)
+    scale = torch.tensor(10.0)
+    plain = info_nce(text, items, scale, torch.eye(3, dtype=torch.bool))
+    logits = 10 * text @ items.T
+    target = torch.arange(3)
+    expected = 0.5 * (
+        torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+    )
+    torch.testing.assert_close(plain, expected)
+    twins = torch.eye(3, dtype=torch.bool)
+    twins[0, 1] = twins[1, 0] = True
+    pair = torch.stack([items[0], items[0], items[2]])
+    same = info_nce(torch.stack([items[0], items[0], items[2]]), pair, torch.tensor(50.0), twins)
+    apart = info_nce(torch.stack([items[0], items[0], items[2]]), pair, torch.tensor(50.0), torch.eye(3) > 0)
+    torch.testing.assert_close(same, apart, atol=1e-3, rtol=0)  # identical twins share their mass either way
+
+
+def test_the_shared_space_finds_items_of_both_modalities(world: World, aligner: Aligner) -> None:
+    items = aligner.item_vectors(world.features, world.train)
+    assert items.shape == (240, 17) and items.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(items[:, :-1], axis=1), 1, atol=1e-5)
+    assert recall(aligner, world.validation, items) > 0.35  # 10 of 240 by chance: 0.04
+    queries = aligner.text_vectors(world.pooled[:5])
+    np.testing.assert_array_equal(queries[:, -1], 1)
+    np.testing.assert_allclose(np.linalg.norm(queries[:, :-1], axis=1), 1, atol=1e-5)
+
+
+def test_training_is_deterministic_and_reports(world: World) -> None:
+    seen: list[Progress] = []
+    short = SETTINGS.model_copy(update={"epochs": 2})
+    first, figures = fit_aligner(world.features, world.train, short, hooks=FitHooks(on_progress=seen.append))
+    second, _ = fit_aligner(world.features, world.train, short)
+    for a, b in zip(first.state_dict().values(), second.state_dict().values()):
+        torch.testing.assert_close(a, b)
+    assert [p.step for p in seen] == [p.total // 2 for p in seen[:1]] + [seen[-1].total]
+    assert figures["loss"] > 0 and figures["scale"] > 1
+
+
+def test_an_item_leans_towards_its_captions(world: World, aligner: Aligner) -> None:
+    plain, remembering = aligner.item_vectors(world.features), aligner.item_vectors(world.features, world.train)
+    captioned = np.unique(world.train.rows)
+    others = np.setdiff1d(np.arange(240), captioned)
+    np.testing.assert_allclose(plain[others], remembering[others], atol=1e-5)
+    texts = aligner.text_vectors(world.train.pooled)[:, :-1]
+    before, after = (np.einsum("nd,nd->n", texts, v[world.train.rows, :-1]).mean() for v in (plain, remembering))
+    assert after > before + 0.05
+    seen = CaptionPairs(
+        *(a[np.isin(world.validation.rows, captioned)] for a in (world.validation.pooled, world.validation.rows))
+    )
+    assert recall(aligner, seen, remembering, 3) > recall(aligner, seen, plain, 3)
+
+
+def test_the_offset_keeps_uncaptioned_items_findable(world: World, aligner: Aligner) -> None:
+    items = aligner.item_vectors(world.features, world.train)
+    without = items.copy()
+    captioned = np.unique(world.train.rows)
+    without[captioned, -1] += float(aligner.offset)
+    assert float(aligner.offset) > 0
+    assert recall(aligner, world.unseen, items) > recall(aligner, world.unseen, without)
+
+
+def test_popularity_is_measured_on_the_bank() -> None:
+    aligner = Aligner(8, {Modality.IMAGE: 8}, AlignerSettings(dim=9, hidden=0, popularity=1.0)).eval()
+    raw = torch.randn(40, 8)
+    assert float(aligner.item(Modality.IMAGE, raw)[:, -1].detach().abs().max()) == 0
+    aligner.bank = aligner.tower_item(Modality.IMAGE, raw[:1]).detach().half().repeat(128, 1)
+    with torch.inference_mode():
+        items = aligner.item(Modality.IMAGE, raw)
+        towers = aligner.tower_item(Modality.IMAGE, raw)
+    torch.testing.assert_close(items[:, -1], -(towers @ towers[0]), atol=2e-3, rtol=0)
+    assert int(items[:, -1].argmin()) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 9}, {"hidden": 0}, {"dropout": 0.6}, {"epochs": 1}, {"batch_size": 32}, {"learning_rate": 1e-4},
+        {"weight_decay": 5.0}, {"caption_memory": 0.0}, {"popularity": 0.0}, {"bank": 300},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_every_setting_changes_the_items(world: World, change: dict[str, float]) -> None:
+    base = SETTINGS.model_copy(update={"epochs": 2})
+    first, second = (
+        fit_aligner(world.features, world.train, s, validation=world.validation)[0].item_vectors(
+            world.features, world.train
+        )
+        for s in (base, base.model_copy(update=change))
+    )
+    assert first.shape != second.shape or not np.allclose(first, second, atol=1e-4)
+
+
+def test_an_item_as_a_query_finds_itself(world: World, aligner: Aligner) -> None:
+    items = torch.from_numpy(aligner.item_vectors(world.features))
+    query = unit_query(items)
+    assert torch.equal(query[:, -1], torch.ones(240))
+    assert float(((query @ items.T).argmax(1) == torch.arange(240)).float().mean()) > 0.8
+
+
+def test_save_and_load_keep_every_vector(world: World, aligner: Aligner, tmp_path) -> None:
+    aligner.save(tmp_path)
+    loaded = Aligner.load(tmp_path)
+    for captions in (None, world.train):
+        np.testing.assert_array_equal(
+            loaded.item_vectors(world.features, captions), aligner.item_vectors(world.features, captions)
+        )
+    (tmp_path / "aligner.safetensors").unlink()
+    with pytest.raises(StoreError, match="cannot read the aligner"):
+        Aligner.load(tmp_path)
+
+
+def test_what_cannot_be_is_explained(world: World, aligner: Aligner) -> None:
+    with pytest.raises(StoreError, match="without video items"):
+        aligner.tower_item(Modality.VIDEO, torch.zeros(1, 5))
+    with pytest.raises(CorpusError, match="captions to train on"):
+        fit_aligner(world.features, CaptionPairs(world.pooled[:1], world.rows[:1]), SETTINGS)

@@ -1,0 +1,91 @@
+"""The ranker: mix, calibration, threshold."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from ace_core.errors import StoreError
+from ace_core.ranking import Ranker, fit_ranker
+
+
+def queries(n: int = 400, c: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates whose right one stands out in the similarity, a little in the log-probability; some have none."""
+    rng = np.random.default_rng(seed)
+    right = np.zeros((n, c), bool)
+    right[np.arange(n), rng.integers(0, c, n)] = rng.random(n) < 0.8
+    similarity = (0.2 + 0.05 * rng.normal(size=(n, c)) + 0.10 * right).astype(np.float32)
+    log_prob = (-8 + 2 * rng.normal(size=(n, c)) + 1.5 * right).astype(np.float32)
+    return log_prob, similarity, right
+
+
+def top_is_right(ranker: Ranker, log_prob: np.ndarray, similarity: np.ndarray, right: np.ndarray) -> float:
+    best = ranker.score(log_prob, similarity).argmax(1)
+    return float(right[np.arange(len(best)), best].mean())
+
+
+def test_the_learned_mix_beats_either_alone_on_new_queries() -> None:
+    ranker = fit_ranker(*queries(seed=0))
+    log_prob, similarity, right = queries(seed=1)
+    mixed = top_is_right(ranker, log_prob, similarity, right)
+    assert mixed > top_is_right(Ranker(generator=0, similarity=20), log_prob, similarity, right) + 0.01
+    assert mixed > top_is_right(Ranker(generator=1, similarity=0), log_prob, similarity, right) + 0.01
+
+
+def test_probabilities_are_calibrated_on_new_queries() -> None:
+    ranker = fit_ranker(*queries(n=1500, seed=0))
+    log_prob, similarity, right = queries(n=1500, seed=1)
+    score = ranker.score(log_prob, similarity)
+    best = score.argmax(1)
+    rows = np.arange(len(best))
+    probability, hit = ranker.probability(score, similarity)[rows, best], right[rows, best]
+    edges = np.quantile(probability, [0, 0.25, 0.5, 0.75, 1])
+    for low, high in pairwise(edges):
+        inside = (probability >= low) & (probability <= high)
+        assert probability[inside].mean() == pytest.approx(hit[inside].mean(), abs=0.1)
+    assert hit[probability >= edges[3]].mean() > hit[probability <= edges[1]].mean() + 0.2
+
+
+def test_probabilities_keep_the_order_of_scores() -> None:
+    ranker = fit_ranker(*queries())
+    log_prob, similarity, _ = queries(seed=2)
+    similarity = np.full_like(similarity, 0.25)
+    score = ranker.score(log_prob, similarity)
+    assert np.array_equal(score.argmax(1), ranker.probability(score, similarity).argmax(1))
+
+
+def test_the_threshold_keeps_most_answers_and_turns_noise_away() -> None:
+    ranker = fit_ranker(*queries())
+    log_prob, similarity, right = queries(seed=3)
+    best = ranker.probability(ranker.score(log_prob, similarity), similarity).max(1)
+    assert (best[right.any(1)] >= ranker.threshold).mean() > 0.9
+    noise = similarity - 0.3
+    quiet = ranker.probability(ranker.score(log_prob, noise), noise).max(1)
+    assert (quiet < ranker.threshold).mean() > 0.5
+
+
+def test_candidates_that_are_not_valid_never_win() -> None:
+    ranker = fit_ranker(*queries())
+    log_prob, similarity, _ = queries(n=5)
+    valid = np.zeros(similarity.shape, bool)
+    valid[:, 3] = True
+    score = ranker.score(log_prob, similarity, valid)
+    assert (score.argmax(1) == 3).all() and np.isneginf(score[:, 0]).all()
+    assert (ranker.probability(score, similarity)[:, :3] == 0).all()
+
+
+def test_nothing_found_in_validation_leaves_the_start() -> None:
+    log_prob, similarity, right = queries(n=5)
+    start = Ranker(generator=0.5, similarity=10)
+    assert fit_ranker(log_prob, similarity, np.zeros_like(right), start=start) == start
+
+
+def test_save_and_load(tmp_path) -> None:
+    ranker = fit_ranker(*queries())
+    ranker.save(tmp_path / "ranking.json")
+    assert Ranker.load(tmp_path / "ranking.json") == ranker
+    (tmp_path / "bad.json").write_text('{"generator": 1}')
+    with pytest.raises(StoreError, match="cannot read the ranking"):
+        Ranker.load(tmp_path / "bad.json")
