@@ -171,6 +171,7 @@ def test_cut_files_are_truncated(kind: str, share: float) -> None:
         (b"<html><body>404 Not Found</body></html>", Cause.NOT_AN_IMAGE),
         (b"%PDF-1.7\n" + b"x" * 500, Cause.NOT_AN_IMAGE),
         (b"PK\x03\x04" + b"x" * 500, Cause.NOT_AN_IMAGE),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", Cause.NOT_AN_IMAGE),
         (b"RIFF\x24\0\0\0WAVEfmt " + b"\0" * 100, Cause.NOT_AN_IMAGE),
         (np.random.default_rng(1).bytes(4000), Cause.NOT_AN_IMAGE),
         (b"\xff\xd8\xff", Cause.TRUNCATED),

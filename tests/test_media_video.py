@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 
 import av
@@ -68,15 +69,15 @@ def test_both_decoders_are_tested_where_both_exist() -> None:
 @pytest.mark.parametrize(
     ("kind", "codec"),
     [("mp4", "libx264"), ("mp4", "mpeg4"), ("webm", "libvpx-vp9"), ("matroska", "libx264"), ("avi", "mpeg4"),
-     ("mov", "libx264")],
+     ("mov", "libx264"), ("mpegts", "libx264"), ("flv", "libx264"), ("asf", "mpeg4")],
 )  # fmt: skip
 def test_uniform_sampling(kind: str, codec: str, backend: str) -> None:
     clip = decode_video(video(kind=kind, codec=codec), LIMITS, 5, backend=backend)
     assert clip.frames.shape == (5, 48, 64, 3) and clip.frames.dtype == np.uint8
     # 4 seconds in 5 pieces: their middles are at 0.4, 1.2, ... seconds, which is frame 4, 12, ...
     assert np.abs(levels(clip.frames) - [4, 12, 20, 28, 36]).max() < 1.2
-    assert np.allclose(clip.times, [0.4, 1.2, 2.0, 2.8, 3.6], atol=0.06)
-    assert abs(clip.seconds - 4) < 0.15 and abs(clip.fps - 10) < 0.1
+    assert np.allclose(clip.times, [0.4, 1.2, 2.0, 2.8, 3.6], atol=0.2)
+    assert abs(clip.seconds - 4) < 0.25 and abs(clip.fps - (0 if kind == "asf" else 10)) < 0.1
     assert clip.frames[:, 2:6, 2:6].mean() > 240
 
 
@@ -132,6 +133,30 @@ def test_odd_sizes(backend: str) -> None:
 
 
 @both
+@pytest.mark.parametrize(
+    ("matrix", "shape", "corner"),
+    [
+        ((1, 0, 0, 1, 0, 0), (48, 64), (4, 4)),
+        ((0, 1, -1, 0, 48, 0), (64, 48), (4, -4)),
+        ((-1, 0, 0, -1, 64, 48), (48, 64), (-4, -4)),
+        ((0, -1, 1, 0, 0, 64), (64, 48), (-4, 4)),
+    ],
+)
+def test_phone_recordings_are_turned_upright(
+    matrix: tuple[int, ...], shape: tuple[int, int], corner: tuple[int, int], backend: str
+) -> None:
+    """The track header's matrix turns the picture; the white mark of the top left corner goes with it."""
+    a, b, c, d, x, y = matrix
+    place = MP4.index(b"tkhd") + 44
+    turned = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, x << 16, y << 16, 1 << 30)
+    clip = decode_video(MP4[:place] + turned + MP4[place + 36 :], LIMITS, 3, backend=backend)
+    assert clip.frames.shape == (3, *shape, 3)
+    assert clip.frames[0, corner[0], corner[1]].min() > 240
+    others = [clip.frames[0, i, j].max() for i in (4, -4) for j in (4, -4) if (i, j) != corner]
+    assert max(others) < 100
+
+
+@both
 def test_limits(backend: str) -> None:
     data = video(frames=50)
     assert cause_of(data, backend, LimitSettings(max_seconds=4)) == Cause.TOO_LONG
@@ -170,6 +195,8 @@ def without_payload(data: bytes) -> bytes:
         (b"\0" * 3000, {Cause.NOT_A_VIDEO}),
         (b"<html>moved permanently</html>" * 50, {Cause.NOT_A_VIDEO}),
         (np.random.default_rng(0).bytes(20_000), {Cause.NOT_A_VIDEO}),
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", {Cause.NOT_A_VIDEO}),
+        (b"ffconcat version 1.0\nfile /etc/hostname\n", {Cause.NOT_A_VIDEO}),
         (sound_only(), {Cause.NO_FRAMES}),
         (MP4[: len(MP4) // 2], {Cause.TRUNCATED}),
         (MP4[:40], {Cause.TRUNCATED}),

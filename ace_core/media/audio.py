@@ -43,7 +43,7 @@ def decode_audio(
     if start is not None and end is not None and end <= start:
         raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
     kind = sniff(data)
-    if kind in _BY_FFMPEG or data[:2] in (b"\xff\xf1", b"\xff\xf9"):
+    if kind in _BY_FFMPEG:
         from ace_core.media.ffmpeg import sound_blocks
 
         source_rate, blocks = sound_blocks(data, limits, start or 0.0, end)

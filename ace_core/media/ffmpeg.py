@@ -34,16 +34,19 @@ class Probe:
 
 
 def open_container(data: bytes, missing: Cause) -> av.container.InputContainer:
-    """Open a container for reading.
+    """Open a container for reading, one that its first bytes speak for.
+
+    FFmpeg guesses formats, and some of those it would guess (playlists, concatenations) name other files and
+    addresses, which it would open: bytes from strangers must not make it.
 
     Raises:
         MediaError: ``missing`` if the bytes are of no known kind, else ``truncated`` or ``corrupt``.
     """
+    if sniffed_modality(data) in (None, Modality.IMAGE):
+        raise MediaError(missing, "the bytes are of no container that is known")
     try:
         return av.open(io.BytesIO(data), "r", metadata_errors="ignore")
     except DAMAGE as e:
-        if sniffed_modality(data) in (None, Modality.IMAGE):
-            raise MediaError(missing, "the bytes are of no container that FFmpeg knows") from None
         cut = len(data) < 64 or is_cut_short(data)
         raise MediaError(
             Cause.TRUNCATED if cut else Cause.CORRUPT, f"the container cannot be opened: {_reason(e)}"

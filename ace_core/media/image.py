@@ -17,6 +17,8 @@ from ace_core.media.causes import Cause, check_bytes, check_pixels
 from ace_core.media.kinds import sniffed_modality
 from ace_core.media.structure import is_cut_short
 
+# What is opened at all. Pillow knows more formats, among them some that start programs (EPS starts Ghostscript).
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
 # Pillow's own bomb check is a module global and stricter than a limit that a user may have raised.
 _OPENING = threading.Lock()
 # Damaged files make Pillow's parsers fail in all of these ways.
@@ -79,9 +81,10 @@ def _damaged(data: bytes, found: str) -> MediaError:
 
 def _open(data: bytes) -> Image.Image:
     with _OPENING:
+        Image.init()  # registers the formats; does nothing the second time
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN])
         finally:
             Image.MAX_IMAGE_PIXELS = before
 

@@ -66,6 +66,9 @@ _SUFFIX_OF_MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftypM4A", ".m4a"),
     (4, b"ftypqt", ".mov"),
     (4, b"ftyp", ".mp4"),
+    (4, b"moov", ".mov"),
+    (4, b"mdat", ".mov"),
+    (4, b"wide", ".mov"),
     (0, b"fLaC", ".flac"),
     (28, b"\x80theora", ".ogv"),
     (0, b"OggS", ".ogg"),
@@ -73,9 +76,12 @@ _SUFFIX_OF_MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xfb", ".mp3"),
     (0, b"\xff\xf3", ".mp3"),
     (0, b"\xff\xf2", ".mp3"),
+    (0, b"\xff\xf1", ".aac"),
+    (0, b"\xff\xf9", ".aac"),
     (0, b".snd", ".au"),
     (0, b"FLV\x01", ".flv"),
     (0, b"\0\0\x01\xba", ".mpg"),
+    (0, b"\0\0\x01\xb3", ".mpg"),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", ".wmv"),
     (0, b"\0\0\0\x0cjP  ", ".jp2"),
 )
@@ -94,13 +100,17 @@ def mime_of(name: str) -> str:
 
 
 def sniff(data: bytes) -> str | None:
-    """The suffix (with its dot) that a file's first bytes speak for, or None. Needs 64 bytes at most."""
+    """The suffix (with its dot) that a file's first bytes speak for, or None. Needs 200 bytes at most."""
     head = data[:64]
     for offset, magic, suffix in _SUFFIX_OF_MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return suffix
     if head[:4] == b"\x1aE\xdf\xa3":
         return ".webm" if b"webm" in head else ".mkv"
+    if data[:1] == data[188:189] == b"G" or data[4:5] == data[196:197] == b"G":
+        return ".m2ts"
+    if head[:2] in (b"P3", b"P6", b"P2", b"P5") and head[2:3].isspace():
+        return ".ppm"
     if head[:2] == b"BM" and len(data) >= 26 and head[14:18] in (b"\x28\0\0\0", b"\x0c\0\0\0", b"\x7c\0\0\0"):
         return ".bmp"
     return None

@@ -14,9 +14,12 @@ from ace_core.errors import MediaError
 from ace_core.media.causes import Cause, check_bytes, check_seconds
 from ace_core.media.ffmpeg import DAMAGE, frames_at, last_timestamp, open_container, probe_video
 from ace_core.media.image import resized
+from ace_core.media.kinds import sniff
 from ace_core.media.structure import is_cut_short
 
 Backend = Literal["decord", "pyav"]
+# decord 0.6 gives the wrong frames of MPEG transport streams, and fails on ASF.
+_BY_DECORD = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"})
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def decode_video(
 
     Args:
         size: height and width that every frame is resized to (the aspect ratio is not kept); None keeps its own.
-        backend: the decoder; by default the first of :func:`available_backends`.
+        backend: the decoder to try first; by default the first of :func:`available_backends`. What decord cannot
+            read, or is known to read wrongly, PyAV reads.
 
     Raises:
         MediaError: ``empty``, ``too-large``, ``too-long``, ``too-many-pixels``, ``not-a-video``, ``no-frames``,
@@ -81,9 +85,9 @@ def decode_video(
             raise MediaError(Cause.ZERO_LENGTH, f"the part begins at {first} s, the video lasts {seconds:.2f} s")
         times = first + (np.arange(frames) + 0.5) * ((last - first) / frames)
         try:
-            if (backend or available_backends()[0]) == "decord":
-                pictures = _by_decord(data, times, size)
-            else:
+            use_decord = (backend or available_backends()[0]) == "decord" and sniff(data) in _BY_DECORD
+            pictures = _by_decord(data, times, size) if use_decord else None
+            if pictures is None:
                 pictures = [_sized(f, size) for f in frames_at(container, times)]
         except DAMAGE as e:
             raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {e}") from None
@@ -93,7 +97,9 @@ def decode_video(
     return VideoClip(np.stack(pictures), times, seconds, probe.fps)
 
 
-def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndarray]:
+def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndarray] | None:
+    """The frames shown at ``times``; None for what decord 0.6 cannot read (its FFmpeg is of 2020), and for what it
+    gets wrong: videos turned by 90 degrees, as phones record them, have four channels and a black right part."""
     import decord
 
     try:
@@ -104,12 +110,16 @@ def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndar
         indices = np.searchsorted(begins - begins[0], times + 1e-3, side="right") - 1
         pictures: list[np.ndarray] = []
         for k, index in enumerate(np.maximum(indices, 0)):
-            repeated = k > 0 and index == indices[k - 1]
-            pictures.append(pictures[-1] if repeated else _sized(reader[int(index)].asnumpy(), size))
+            if k > 0 and index == indices[k - 1]:
+                pictures.append(pictures[-1])
+                continue
+            frame = reader[int(index)].asnumpy()
+            if frame.shape[-1] != 3:
+                return None
+            pictures.append(_sized(frame, size))
         return pictures
-    except (decord.DECORDError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()
-        raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {reason[0][:200] if reason else e}") from None
+    except (decord.DECORDError, RuntimeError):
+        return None
 
 
 def _sized(frame: np.ndarray, size: int | None) -> np.ndarray:
