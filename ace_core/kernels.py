@@ -364,7 +364,7 @@ def _expand_query(
     _order_best_first(slot_score, size, order, other)
     for at in range(size):
         slot = order[at]
-        r = slot_row[slot]
+        own = slot_row[slot]
         token = np.int64(0)
         for s in range(segments):
             begin = slot_low[slot, s]
@@ -377,13 +377,13 @@ def _expand_query(
             next_low[at, s] = begin
             next_high[at, s] = end
         for done_level in range(level):
-            next_codes[at, done_level] = codes[r, done_level]
-            next_level_log_prob[at, done_level] = level_log_prob[r, done_level]
-        norm = norms[r if renormalise else 0]
+            next_codes[at, done_level] = codes[own, done_level]
+            next_level_log_prob[at, done_level] = level_log_prob[own, done_level]
+        norm = norms[own if renormalise else 0]
         next_codes[at, level] = token
-        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else r, token]) - norm, 0.0)
+        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else own, token]) - norm, 0.0)
         next_score[at] = slot_score[slot]
-        next_parent[at] = r
+        next_parent[at] = own
     return size
 
 
@@ -424,8 +424,125 @@ def expand(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _items_below(pointers, pointers_wide, level, low, high, rows):
+    """Items below the first ``rows`` rows, whose children are nodes of ``level``."""
+    total = np.int64(0)
+    for r in range(rows):
+        for s in range(low.shape[1]):
+            begin, end = low[r, s], high[r, s]
+            for deeper in range(level, pointers.shape[1]):
+                begin = _child(pointers[s, deeper], pointers_wide[s], begin)
+                end = _child(pointers[s, deeper], pointers_wide[s], end)
+            total += end - begin
+    return total
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _scan_below(
+    tokens, tokens_wide, pointers, pointers_wide, level, bits, own, offsets,
+    row_low, row_high, row_score, row_codes, rows,
+    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+    low, high, score, codes, level_log_prob,
+):  # fmt: skip
+    """The best of all identifiers below rows of ``level`` tokens: depth first, best row first, leaving out whatever
+    cannot come among the best. Fills the complete rows and returns their number."""
+    levels, segments = tokens.shape
+    keep = score.shape[0]
+    room = slot_score.shape[0]
+    slot_codes = np.empty((room, levels), np.uint16)
+    places = np.arange(room)  # where the codes of the slots to come go; those of a slot stay when it moves
+    free = np.empty(room, np.int64)
+    rest = np.zeros(levels + 1)  # the most that the levels from here on can add
+    for deeper in range(levels - 1, level - 1, -1):
+        best = -np.inf
+        for at in range(offsets[deeper], offsets[deeper + 1]):
+            best = max(best, np.float64(own[at]))
+        rest[deeper] = rest[deeper + 1] + best
+    cursor, ends = np.empty((levels, segments), np.int64), np.empty((levels, segments), np.int64)
+    begin, run_end = np.empty(segments, np.int64), np.empty(segments, np.int64)
+    path = np.empty(levels, np.uint16)
+    above = np.empty(levels + 1)
+    size = 0
+    threshold = -np.inf
+    for r in range(rows):
+        if row_score[r] + rest[level] <= threshold:
+            break  # rows come by falling score
+        at = level
+        above[at] = row_score[r]
+        for s in range(segments):
+            cursor[at, s] = row_low[r, s]
+            ends[at, s] = row_high[r, s]
+        while at >= level:
+            last = at == levels - 1
+            vocabulary = offsets[at + 1] - offsets[at]
+            if segments == 1:
+                token = np.int64(vocabulary)
+                if cursor[at, 0] < ends[at, 0]:
+                    token = _token(tokens[at, 0], tokens_wide[at], cursor[at, 0])
+                    run_end[0] = _run_end(tokens[at, 0], tokens_wide[at], cursor[at, 0], ends[at, 0], last)
+            else:
+                token = _join(tokens[at], tokens_wide[at], cursor[at], ends[at], last, vocabulary, run_end)
+            if token == vocabulary:
+                at -= 1
+                continue
+            for s in range(segments):
+                begin[s] = cursor[at, s]
+                cursor[at, s] = run_end[s]
+            total = above[at] + min(np.float64(own[offsets[at] + token]), 0.0)
+            if not total + rest[at + 1] > threshold:
+                continue
+            if not _any_allowed(bits[at], begin, run_end):
+                continue
+            path[at] = token
+            if not last:
+                at += 1
+                above[at] = total
+                for s in range(segments):
+                    cursor[at, s] = _child(pointers[s, at - 1], pointers_wide[s], begin[s])
+                    ends[at, s] = _child(pointers[s, at - 1], pointers_wide[s], run_end[s])
+                continue
+            if size == room:
+                size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
+                for i in range(room):
+                    free[i] = 1
+                for i in range(size):
+                    free[slot_row[i]] = 0
+                next_free = size
+                for i in range(room):
+                    if free[i] == 1:
+                        places[next_free] = i
+                        next_free += 1
+                if total <= threshold:
+                    continue
+            slot_score[size] = total
+            for s in range(segments):
+                slot_low[size, s] = begin[s]
+                slot_high[size, s] = run_end[s]
+            place = places[size]
+            slot_row[size] = place
+            for done_level in range(level):
+                slot_codes[place, done_level] = row_codes[r, done_level]
+            for done_level in range(level, levels):
+                slot_codes[place, done_level] = path[done_level]
+            size += 1
+    size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
+    _order_best_first(slot_score, size, order, other)
+    for i in range(size):
+        slot = order[i]
+        score[i] = slot_score[slot]
+        for s in range(segments):
+            low[i, s] = slot_low[slot, s]
+            high[i, s] = slot_high[slot, s]
+        for done_level in range(levels):
+            token = slot_codes[slot_row[slot], done_level]
+            codes[i, done_level] = token
+            level_log_prob[i, done_level] = min(np.float64(own[offsets[done_level] + token]), 0.0)
+    return size
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def draft(
-    tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets,
+    tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets, scan,
     low, high, score, codes, level_log_prob, live,
 ):  # fmt: skip
     """All levels at once, where a token's log-probability does not depend on the tokens before it.
@@ -433,6 +550,7 @@ def draft(
     Args (as in :func:`expand`, and):
         roots: (S,) int64, nodes of the first level.
         log_probs: (n, sum of V) of all levels' tokens side by side; offsets: (L + 1,) where each level begins.
+        scan: items below a query's rows from which on all of them are looked at, instead of the best rows of a level.
         low, high, score, codes, level_log_prob, live: the complete rows that result.
     """
     queries, keep, levels = codes.shape
@@ -445,15 +563,24 @@ def draft(
     row_score, parent = np.empty(keep), np.empty(keep, np.int64)
     row_codes, row_log_prob = np.empty((keep, levels), np.uint16), np.empty((keep, levels))
     for q in range(queries):
+        allowed = bits[q % bits.shape[0]]
         rows = 1
         row_score[0] = 0.0
         for s in range(segments):
             row_low[0, s] = 0
             row_high[0, s] = roots[s]
         for level in range(levels):
+            if _items_below(pointers, pointers_wide, level, row_low, row_high, rows) <= scan:
+                rows = _scan_below(
+                    tokens, tokens_wide, pointers, pointers_wide, level, allowed, log_probs[q], offsets,
+                    row_low, row_high, row_score, row_codes, rows,
+                    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+                    low[q], high[q], score[q], codes[q], level_log_prob[q],
+                )  # fmt: skip
+                break
             own = log_probs[q, offsets[level] : offsets[level + 1]].reshape(1, -1)
             rows = _expand_query(
-                tokens[level], tokens_wide[level], pointers, pointers_wide, level, bits[q % bits.shape[0], level],
+                tokens[level], tokens_wide[level], pointers, pointers_wide, level, allowed[level],
                 row_low, row_high, row_score, row_codes, row_log_prob, rows, own, False,
                 slot_score, slot_row, slot_low, slot_high, scratch, order, other,
                 parent, low[q], high[q], score[q], codes[q], level_log_prob[q],

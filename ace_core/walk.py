@@ -144,8 +144,11 @@ class Walk:
             level_log_prob=np.zeros((queries, beam, self.levels)),
         )
 
-    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses) -> Rows:
+    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses, *, scan: int = 0) -> Rows:
         """Complete rows by tokens that do not depend on each other: :meth:`expand` over all levels in one call.
+
+        As soon as a query's rows have no more than ``scan`` items below them, all of these are looked at: what is
+        found is at least as probable as without, and found sooner than by cutting to the best rows at every level.
 
         Args:
             log_probs: for each level (n, V_level) float32 or float64, none above zero.
@@ -157,7 +160,7 @@ class Walk:
         rows = self._blank(len(log_probs[0]), keep, self.levels)
         kernels.draft(
             self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots, masks.bits,
-            np.concatenate(log_probs, axis=1), np.cumsum([0, *sizes]),
+            np.concatenate(log_probs, axis=1), np.cumsum([0, *sizes]), scan,
             rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live,
         )  # fmt: skip
         return rows

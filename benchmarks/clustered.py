@@ -37,10 +37,10 @@ class World:
     def vectors(self, items: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Chunks of (vectors (m, D) float32 of unit norm, modality tokens (m,))."""
         rng = np.random.default_rng(self.seed)
-        basis = rng.standard_normal((self.intrinsic, self.dim), np.float32) / np.sqrt(self.intrinsic)
+        basis = rng.standard_normal((self.intrinsic, self.dim), np.float32)
         top = rng.standard_normal((64, self.intrinsic), np.float32)
         centres = top[rng.integers(0, 64, self.clusters)]
-        centres += 0.6 * rng.standard_normal(centres.shape, np.float32)
+        centres = centres + 0.6 * rng.standard_normal(centres.shape, np.float32)
         modality_of_centre = rng.integers(0, 3, self.clusters)
         for begin in range(0, items, _CHUNK):
             chosen = rng.integers(0, self.clusters, min(_CHUNK, items - begin))
@@ -57,7 +57,7 @@ def queries_near(x: np.ndarray, count: int, noise: float = 0.3, seed: int = 1) -
     """Queries beside random items: (count, D) float32 of unit norm, and the items' rows."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(x), count)
-    q = x[rows] + noise * rng.standard_normal((count, x.shape[1]), np.float32) / np.sqrt(x.shape[1])
+    q = x[rows] + noise / x.shape[1] ** 0.5 * rng.standard_normal((count, x.shape[1]), np.float32)
     return (q / np.linalg.norm(q, axis=1, keepdims=True)).astype(np.float32), rows
 
 
@@ -104,7 +104,7 @@ def coded(world: World, items: int, *, levels: int = 5, codes: int = 256, cache:
             np.array(arrays["codes"]), np.array(arrays["order"]),
         )  # fmt: skip
     sample, modality = (np.concatenate(parts) for parts in zip(*world.vectors(min(items, 50_000))))
-    means = np.stack([sample[modality == m].mean(0) for m in range(3)])
+    means = np.stack([sample[modality == m].mean(0) for m in range(3)]).astype(np.float32)
     left = sample - means[modality]
     tables = [means]
     indexes = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def build_figures(codes: Codes, items: int) -> tuple[ConstraintIndex, list]:
     return index, [f"{items:,}", index.nbytes / items, seconds, seconds / items * 1e6]
 
 
+def _top_k(scores: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    return (log_probs + scores[..., None]).flatten(1).topk(BEAM, dim=1).values
+
+
 def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, queries: np.ndarray):
     """Seconds of one step (mean over levels) of each way, and bytes an item of each index."""
     speller = TableSpeller(codes, queries)
@@ -83,11 +88,11 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
         wide = filtered.width
         of_filtered = speller.noisy[level][:, :wide].contiguous().numpy()
         runs: dict[str, Callable[[], Any]] = {
-            "fused walk": lambda r=rows, lp=own: walk.expand(r, lp, BEAM, masks),
-            "prefix function": lambda p=prefixes, s=scores32, lp=log_probs: rival(p, s, lp),
-            "STATIC gather": lambda a=at, s=scores32, lp=log_probs, v=level: static.step(v, a, s, lp, BEAM),
-            "unmasked top-k": lambda s=scores32, lp=log_probs: (lp + s[..., None]).flatten(1).topk(BEAM, dim=1),
-            "filtered 1 %": lambda r=filtered, lp=of_filtered: walk.expand(r, lp, BEAM, some),
+            "fused walk": partial(walk.expand, rows, own, BEAM, masks),
+            "prefix function": partial(rival, prefixes, scores32, log_probs),
+            "STATIC gather": partial(static.step, level, at, scores32, log_probs, BEAM),
+            "unmasked top-k": partial(_top_k, scores32, log_probs),
+            "filtered 1 %": partial(walk.expand, filtered, of_filtered, BEAM, some),
         }
         taken = interleaved(runs, seconds=seconds / (walk.levels - 1))
         following = walk.expand(rows, own, BEAM, masks)
@@ -140,9 +145,9 @@ def against_generate(codes: Codes, index: ConstraintIndex, seconds: float, batch
                 "generate + prefix function, fp32": lambda: generate(bart, query, beam, index.levels, allowed),
                 "ours, fp32, the same scores": lambda: ours(speller, scoring="children"),
                 "ours, fp32": lambda: ours(speller),
-                "ours, fp32, early finish": lambda: ours(speller, finish=4 * beam),
+                "ours, fp32, early finish": lambda: ours(speller, finish=beam + 4),
                 "ours, int8": lambda: ours(eighth),
-                "ours, int8, early finish": lambda: ours(eighth, finish=4 * beam),
+                "ours, int8, early finish": lambda: ours(eighth, finish=beam + 4),
             },
             seconds=seconds, least=3,
         )  # fmt: skip

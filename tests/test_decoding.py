@@ -145,8 +145,8 @@ def test_tensors_walk_as_the_kernels_do(corpus, part_of, beam, scoring, seed, sh
     pairs = [
         [beam_search(model, queries([5, 6]), walk, masks, beam=beam, scoring=scoring) for walk in both],
         [beam_search(model, queries([5, 6]), walk, masks[0], beam=beam) for walk in both],
-        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam) for walk in both],
-        [verified_search(model, queries([5, 6]), walk, draft=beam) for walk in both],
+        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam, scan=0) for walk in both],
+        [verified_search(model, queries([5, 6]), walk, draft=beam, scan=0) for walk in both],
     ]
     for a, b in pairs:
         assert a.valid.tolist() == b.valid.tolist()
@@ -175,6 +175,38 @@ def test_one_shot_and_verify_score_every_identifier_of_a_wide_draft(corpus, shar
         agree(leaves(drafted, q), sorted(sums.items(), key=lambda item: -item[1]))
         agree(leaves(verified, q), leaves(spelled, q))
         assert verified.row[q].tolist() == spelled.row[q].tolist()
+
+
+@few
+@given(
+    corpora(), st.lists(st.integers(0, 2), min_size=40, max_size=40), beams, st.sampled_from([0.2, 1.0]),
+    st.integers(0, 60), st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_scan_finds_the_best_below_the_rows(corpus, part_of, draft, share, scan, seed):
+    codes, sizes = corpus
+    part_of = np.array(part_of[: len(codes)], int)
+    rng = np.random.default_rng(seed)
+    split = [build(codes[part_of == p], sizes) for p in range(3)]
+    masks = [ItemMask.of(rng.random(s.items) < share) for s, _, _ in split]
+    whole, ordered, _ = build(codes, sizes)
+    model = TableModel(sizes)
+    tables = [t.numpy() for t in model.one_shot(queries([1, 2]))]
+    for segments, of_masks, exist in (
+        ([whole], None, ordered),
+        ([s for s, _, _ in split], masks, np.concatenate([c[m.to_bool()] for (_, c, _), m in zip(split, masks)])),
+    ):
+        args = (model, queries([1, 2]), segments, of_masks)
+        without = one_shot_search(*args, draft=draft, scan=0, limit=1000)
+        found = one_shot_search(*args, draft=draft, scan=scan, limit=1000)
+        all_of = one_shot_search(*args, draft=draft, scan=len(codes), limit=1000)
+        for q in range(2):
+            sums = {tuple(c): sum(tables[level][q, t] for level, t in enumerate(c)) for c in exist.tolist()}
+            agree(leaves(all_of, q), sorted(sums.items(), key=lambda item: -item[1])[:draft])
+            a, b = leaves(without, q), leaves(found, q)
+            assert len(b) >= len(a) and all(y[1] >= x[1] - 1e-5 for x, y in zip(a, b))
+            for identifier, log_prob in b:
+                assert log_prob == pytest.approx(sums[identifier], abs=1e-4)
+            np.testing.assert_allclose(found.level_log_prob[q].sum(-1), found.log_prob[q], rtol=1e-4)
 
 
 def test_a_narrow_draft_is_what_is_verified():

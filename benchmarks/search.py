@@ -1,0 +1,192 @@
+"""The retrieval stage against FAISS, in one run on one machine: time, memory, recall.
+
+    python -m benchmarks.search [--quick] [--items N] [--json FILE] [--cache FOLDER]
+
+Clustered vectors of 384 dimensions; a query lies beside an item. Recall@10 is the share of the exact ten nearest that
+are among the ten returned; hits@10 says how often the item beside the query is. Every way gets the same queries, one
+at a time, on one thread. Ours is measured twice: from codes alone (no vector is stored), and with stored 8-bit
+vectors for the candidates' re-ranking.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numba
+import numpy as np
+import torch
+
+from ace_core.constraint import ConstraintIndex
+from ace_core.walk import Walk
+from benchmarks.clustered import Codes, World, coded, queries_near
+from benchmarks.measure import interleaved, table, write_figures
+
+Search = Callable[[np.ndarray], np.ndarray]
+"""A query (1, D) to the ids of its ten best items."""
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True)
+def _dots(query, vectors, scales, rows):
+    """Similarities of the query (D,) to 8-bit vectors (n, D) at ``rows``."""
+    out = np.empty(len(rows), np.float32)
+    for i in range(len(rows)):
+        total = np.float32(0)
+        row = vectors[rows[i]]
+        for d in range(len(query)):
+            total += query[d] * row[d]
+        out[i] = total * scales[rows[i]]
+    return out
+
+
+class OneShot:
+    """Per-level scores of the query, the ``draft`` best identifiers that exist, their items."""
+
+    def __init__(self, codes: Codes, vectors: np.ndarray | None = None) -> None:
+        self.codes = codes
+        self.index = ConstraintIndex.build(codes.codes, codes.vocab_sizes)
+        self.walk = Walk([self.index])
+        self._masks = self.walk.masks(None, 1)
+        self._table = np.concatenate(codes.codewords)
+        self._edges = np.cumsum(codes.vocab_sizes)[:-1]
+        if vectors is not None:
+            ordered = vectors[codes.order]
+            self.scales = np.abs(ordered).max(1) / 127
+            self.vectors = np.rint(ordered / self.scales[:, None]).astype(np.int8)
+
+    def _candidates(self, query: np.ndarray, draft: int, limit: int) -> np.ndarray:
+        scores = query @ self._table.T
+        levels = [s - s.max() for s in np.split(scores, self._edges, axis=1)]  # up to a constant, log-probabilities
+        rows = self.walk.draft(levels, draft, self._masks, scan=32 * draft)
+        return self.walk.collect(rows, self._masks, limit)[1][0]
+
+    def from_codes(self, draft: int) -> Search:
+        return lambda query: self.codes.order[self._candidates(query, draft, 10)]
+
+    def with_vectors(self, draft: int) -> Search:
+        def search(query: np.ndarray) -> np.ndarray:
+            rows = self._candidates(query, draft, draft)
+            similar = _dots(query[0], self.vectors, self.scales, rows)
+            best = np.argpartition(-similar, 9)[:10] if len(rows) > 10 else np.arange(len(rows))
+            return self.codes.order[rows[best]]
+
+        return search
+
+
+def recall(search: Search, queries: np.ndarray, exact: np.ndarray, beside: np.ndarray) -> tuple[float, float]:
+    """recall@10 and hits@10."""
+    found = [search(q[None]) for q in queries]
+    shared = np.mean([len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(found, exact)])
+    return float(shared), float(np.mean([item in ids for item, ids in zip(beside, found)]))
+
+
+def faiss_bytes(index: faiss.Index) -> int:
+    return len(faiss.serialize_index(index))
+
+
+def rivals(x: np.ndarray, quick: bool) -> dict[str, tuple[Search, int]]:
+    """Name to (search, bytes) of FAISS's ways at several operating points."""
+    items, dim = x.shape
+    flat = faiss.IndexFlatIP(dim)
+    flat.add(x)
+    out: dict[str, tuple[Search, int]] = {"Flat": (lambda q: flat.search(q, 10)[1][0], x.nbytes)}
+    lists = 4096 if items >= 500_000 else 1024
+    for name, points in ((f"IVF{lists},PQ96x4fs", (1, 4, 16)), (f"IVF{lists},PQ96x4fs,Refine(SQ8)", (1, 2, 4, 8, 16))):
+        index = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
+        train = x[: min(items, 40_000 if quick else 200_000)]
+        index.train(train)
+        index.add(x)
+        size = faiss_bytes(index)
+        for probes in points:
+            out[f"{name} nprobe {probes}"] = (_probing(index, probes), size)
+    return out
+
+
+def _probing(index: faiss.Index, probes: int) -> Search:
+    refined = isinstance(index, faiss.IndexRefine)
+    own = faiss.IVFSearchParameters(nprobe=probes)  # type: ignore[call-arg]
+    parameters = own
+    if refined:
+        parameters = faiss.IndexRefineSearchParameters(k_factor=4, base_index_params=own)  # type: ignore[call-arg]
+    return lambda q: index.search(q, 10, params=parameters)[1][0]
+
+
+def cheapest(ways: dict[str, tuple[float, float]], at_least: float) -> str | None:
+    """The fastest of ways (recall, seconds) with such a recall."""
+    good = [name for name, (r, _) in ways.items() if r >= at_least]
+    return min(good, key=lambda name: ways[name][1]) if good else None
+
+
+def encoder_seconds(seconds: float) -> float:
+    """Median time of the text encoder for one short query."""
+    from ace_core.config import TextEncoderSettings
+    from ace_core.encoders import load_text_encoder
+
+    encoder = load_text_encoder(TextEncoderSettings())
+    return interleaved({"": lambda: encoder.encode(["a small brown dog runs over the wet grass"])}, seconds=seconds)[""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100k items, under a minute")
+    parser.add_argument("--items", type=int, help="corpus size (default 1M)")
+    parser.add_argument("--json", type=Path, help="write the named figures to this file")
+    parser.add_argument("--cache", type=Path, help="folder that keeps identifiers for the next run")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    items = options.items or (100_000 if options.quick else 1_000_000)
+    seconds = 6.0 if options.quick else 60.0
+    world = World()
+    x = world.matrix(items)
+    codes = coded(world, items, cache=options.cache)
+    queries, beside = queries_near(x, 100 if options.quick else 400)
+    ways = rivals(x, options.quick)
+    ours = OneShot(codes, x)
+    drafts = (10, 20, 50, 100, 200, 400)
+    vectors = ours.vectors.nbytes + ours.scales.nbytes
+    for draft in drafts:
+        ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.index.nbytes
+        ways[f"one-shot, 8-bit vectors, draft {draft}"] = ours.with_vectors(draft), ours.index.nbytes + vectors
+    exact = np.stack([ways["Flat"][0](q[None]) for q in queries])
+    numbers = iter(range(10**9))
+    runs = {name: (lambda s=search: s(queries[[next(numbers) % len(queries)]])) for name, (search, _) in ways.items()}
+    taken = interleaved(runs, seconds=seconds, least=20)
+    measured = {name: recall(search, queries, exact, beside) for name, (search, _) in ways.items()}
+    table(
+        f"retrieval of the ten best of {items:,}, one query at a time",
+        ("", "ms", "recall@10", "hits@10", "bytes an item"),
+        [[n, 1e3 * taken[n], *measured[n], size / items] for n, (_, size) in ways.items()],
+    )
+    by_recall = {n: (measured[n][0], taken[n]) for n in ways}
+    by_hits = {n: (measured[n][1], taken[n]) for n in ways}
+    figures: dict[str, float | str | None] = {"items": items}
+    refined = {n: v for n, v in by_recall.items() if "Refine" in n}
+    best_refined = max(refined, key=lambda n: refined[n][0])
+    target = min(refined[best_refined][0], 0.95)
+    codes_only = max(v[0] for n, v in by_hits.items() if "codes only" in n) - 0.005
+    for name, points, reach, kind in (
+        ("one_shot_vs_ivfpq_equal_recall", by_recall, target, "one-shot"),
+        ("one_shot_codes_vs_ivfpq_equal_hits", by_hits, codes_only, "codes only"),
+    ):
+        own = cheapest({n: v for n, v in points.items() if kind in n}, reach)
+        rival = cheapest({n: v for n, v in points.items() if "IVF" in n}, reach)
+        print(f"\n{name}: at {reach:.3f}: {own} against {rival}")
+        figures[name] = points[rival][1] / points[own][1] if own and rival else None
+        figures[f"{name}_at"] = reach
+    refined_bytes = ways[best_refined][1]
+    figures["memory_vs_ivfpq"] = refined_bytes / ours.index.nbytes
+    figures["memory_vs_ivfpq_with_vectors"] = refined_bytes / (ours.index.nbytes + vectors)
+    encoder = encoder_seconds(seconds / 6)
+    one_shot = taken["one-shot, codes only, draft 200"]
+    print(f"\ntext encoder: {1e3 * encoder:.2f} ms a query")
+    figures["retrieval_vs_flat"] = taken["Flat"] / one_shot
+    figures["end_to_end_vs_flat"] = (taken["Flat"] + encoder) / (one_shot + encoder)
+    figures["encoder_ms"] = 1e3 * encoder
+    write_figures(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()
