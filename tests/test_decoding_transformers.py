@@ -1,8 +1,11 @@
 """Beam search equals `transformers.generate` with a prefix function, on the same weights."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from ace_core.decoding import beam_search
 from ace_core.filters import ItemMask
@@ -58,3 +61,26 @@ def test_an_early_finish_equals_stepping(world):
         a, b = np.argsort(plain.row[q]), np.argsort(early.row[q])
         assert plain.row[q][a].tolist() == early.row[q][b].tolist()
         np.testing.assert_allclose(plain.log_prob[q][a], early.log_prob[q][b], atol=1e-4)
+
+
+def test_in_double_precision_it_is_transformers_own_forward_pass(world):
+    index, ordered, bart, _, query = world
+    double = copy.deepcopy(bart).double()
+    speller = BartSpeller(double, SIZES)
+    exact = QueryBatch(query.vector.double(), query.hidden.double(), query.mask)
+    found = beam_search(speller, exact, [index], beam=600, limit=600)
+    tokens = torch.from_numpy(ordered.astype(np.int64)) + torch.tensor(speller.offsets)
+    read = torch.cat([torch.full((len(tokens), 1), bart.config.decoder_start_token_id), tokens[:, :-1]], 1)
+    for q in range(3):
+        repeated = exact.hidden[q, -1].expand(len(tokens), -1, -1)
+        with torch.inference_mode():
+            logits = double(
+                encoder_outputs=BaseModelOutput(last_hidden_state=repeated), decoder_input_ids=read,
+                attention_mask=exact.mask[q].long().expand(len(tokens), -1),
+            ).logits  # fmt: skip
+        total = np.zeros(len(tokens))
+        for level, (offset, size) in enumerate(zip(speller.offsets, SIZES)):
+            own = torch.log_softmax(logits[:, level, offset : offset + size], -1)
+            total += own.gather(1, tokens[:, level : level + 1] - offset)[:, 0].numpy()
+        np.testing.assert_allclose(found.log_prob[q], np.sort(total)[::-1], rtol=1e-6)
+        np.testing.assert_allclose(total[found.row[q]], np.sort(total)[::-1], rtol=1e-9)
