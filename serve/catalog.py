@@ -18,7 +18,7 @@ from ace_core.attributes import Facet, facets
 from ace_core.errors import QueryError, StoreError
 from ace_core.identifiers import prefix_interval
 from ace_core.items import MODALITIES, Modality
-from ace_core.segment import Segment, StoredItem
+from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
 from ace_store.store import Store
 
@@ -103,23 +103,22 @@ class View:
         children: dict[int, int] = {}
         page: list[StoredItem] = []
         for segment, removed in zip(self.snapshot.segments, self.snapshot.removed):
-            rows = _live_rows(segment, removed, tokens)
-            if len(tokens) < self.levels and len(rows):
-                values, counts = np.unique(segment.gallery.codes[rows, len(tokens)], return_counts=True)
-                for value, count in zip(values.tolist(), counts.tolist()):
-                    children[value] = children.get(value, 0) + count
-            first = max(0, offset - total)
-            page += [segment.item(int(row)) for row in rows[first : first + k - len(page)]]
-            total += len(rows)
+            low, high = prefix_interval(segment.gallery.codes, tokens)
+            gone = removed[np.searchsorted(removed, low) : np.searchsorted(removed, high)]
+            if len(tokens) < self.levels:
+                column = segment.gallery.codes[:, len(tokens)]
+                counts = np.bincount(column[low:high])
+                counts -= np.bincount(column[gone], minlength=len(counts))
+                for token in np.flatnonzero(counts).tolist():
+                    children[token] = children.get(token, 0) + int(counts[token])
+            first, wanted = max(0, offset - total), k - len(page)
+            # As many rows as could be needed: a cluster may hold millions.
+            rows = np.arange(low, min(high, low + first + wanted + len(gone)))
+            rows = rows[~np.isin(rows, gone)][first : first + wanted]
+            page += [segment.item(int(row)) for row in rows]
+            total += high - low - len(gone)
         largest = sorted(children.items(), key=lambda pair: (-pair[1], pair[0]))[:_MAX_CHILDREN]
         return Cluster(total, tuple((cluster_name((*tokens, t)), n) for t, n in largest), tuple(page))
-
-
-def _live_rows(segment: Segment, removed: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """Rows of a segment below a prefix, without the removed ones. Codes are sorted, so a prefix is one interval."""
-    low, high = prefix_interval(segment.gallery.codes, tokens)
-    rows = np.arange(low, high)
-    return rows[~np.isin(rows, removed)] if len(removed) else rows
 
 
 class Catalog:

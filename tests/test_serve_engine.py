@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pyarrow import fs
@@ -13,8 +14,10 @@ from pyarrow import fs
 from ace_core.config import SearchSettings
 from ace_core.errors import StoreError
 from ace_core.retriever import Retriever
+from ace_core.snapshot import Snapshot
 from ace_store.store import Store
 from serve.calls import ExampleCall, Options, Refusal, Reply, TextCall
+from serve.catalog import View, cluster_name
 from serve.engine import Engine
 from tests.tiny_store import TinyStore
 
@@ -223,3 +226,23 @@ def test_a_store_on_s3_is_served_through_an_outage(
     asyncio.run(engine.refresh())
     assert engine.state().snapshot == "second" and engine.state().reason
     assert len(_ids(_answer(engine, _call("x", filters=filters))[0])[0]) == 5
+
+
+def test_clusters_of_several_segments_list_each_live_item_once(tiny: TinyStore) -> None:
+    gone = {"main": np.array([0, 1, 57, 239]), "delta": np.array([3])}
+    tiny.publish("holes", ["main", "delta"], gone)
+    view = View(Snapshot.open(tiny.path, "holes"))
+    live: dict[str, tuple[int, ...]] = {}
+    for segment, removed in zip(view.snapshot.segments, view.snapshot.removed):
+        for row in set(range(len(segment))) - set(removed.tolist()):
+            item = segment.item(row)
+            live[item.item_id] = item.identifier
+    prefixes = {identifier[:level] for identifier in live.values() for level in (1, 2, 3, 4)}
+    for prefix in sorted(prefixes):
+        expected = {item for item, identifier in live.items() if identifier[: len(prefix)] == prefix}
+        pages = [view.cluster(prefix, offset=at, k=7) for at in range(0, len(expected) + 7, 7)]
+        listed = [item.item_id for page in pages for item in page.items]
+        assert sorted(listed) == sorted(expected) and {page.total for page in pages} == {len(expected)}
+        finer = dict(pages[0].children)
+        assert sum(finer.values()) == (len(expected) if len(prefix) < view.levels else 0)
+        assert set(finer) == {cluster_name(p) for p in prefixes if p[:-1] == prefix and len(p) == len(prefix) + 1}
