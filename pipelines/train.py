@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,8 @@ def _watching(board: Any, step: Step) -> Iterator[None]:
         while not stop.wait(POLL_SECONDS):
             try:
                 look()
+            except ray.exceptions.GetTimeoutError:
+                continue  # a busy machine: look again
             except Exception:  # progress is a courtesy: a board that is gone must not fail the fit
                 return
 
@@ -158,7 +160,8 @@ def _watching(board: Any, step: Step) -> Iterator[None]:
     thread.start()
     try:
         yield
-        look()
+        with suppress(ray.exceptions.GetTimeoutError):
+            look()
     finally:
         stop.set()
         thread.join()
