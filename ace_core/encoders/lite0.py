@@ -25,7 +25,7 @@ SIDE = 224
 WIDTH = 1280
 _STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))  # blocks, stride of the first
 _NORM_EPSILON = 1e-3
-_CHUNK = 8  # pictures run at once on a CPU: more fall out of its cache and are slower
+_CHUNK = 4  # pictures run at once on a CPU: more fall out of its cache and are slower
 
 
 def read_weights() -> dict[str, torch.Tensor]:
