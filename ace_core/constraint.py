@@ -89,9 +89,8 @@ class ConstraintIndex:
         """Bytes of all arrays."""
         return sum(a.nbytes for a in (*self.tokens, *self.first_child))
 
-    def item_interval(self, level: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The half-open interval of sorted items below each node of one level; ``levels - level - 1`` gathers."""
-        low, high = nodes, nodes + 1
+    def items_of(self, level: int, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The half-open intervals of sorted items below nodes [low, high) of one level; a gather a level."""
         for pointers in self.first_child[level:]:
             low, high = pointers[low], pointers[high]
         return low, high

@@ -2,7 +2,9 @@
 
 A filter (a predicate on attributes or modality) and the tombstones of removed items are both a bitmap over the
 segment's sorted items. Its running counts say in O(1) whether an interval of items, hence a node of the constraint
-index, still holds an allowed one; so the decoder never walks into a branch that the filter empties.
+index, still holds an allowed one, so that the decoder never walks into a branch that the filter empties. (On a CPU
+:class:`~ace_core.walk.Walk` turns the bitmap into one of nodes for each level, which is one look-up instead of two
+walks down the tree.)
 """
 
 from __future__ import annotations
@@ -37,35 +39,10 @@ class ItemMask:
         packed = np.zeros(words * 8, dtype=np.uint8)
         bits = np.packbits(allowed.astype(bool, copy=False), bitorder="little")
         packed[: len(bits)] = bits
-        return cls._counted(len(allowed), packed.view("<u8"))
-
-    @classmethod
-    def without(cls, items: int, removed: np.ndarray) -> ItemMask:
-        """All ``items`` but the rows in ``removed`` (tombstones)."""
-        allowed = np.ones(items, dtype=bool)
-        allowed[removed] = False
-        return cls.of(allowed)
-
-    @classmethod
-    def _counted(cls, items: int, words: np.ndarray) -> ItemMask:
-        running = np.zeros(len(words), dtype=np.int64)
-        np.cumsum(np.bitwise_count(words[:-1]), out=running[1:])
-        return cls(items, words, running.astype(np.uint32))
-
-    def __and__(self, other: ItemMask) -> ItemMask:
-        """Items that both allow.
-
-        Raises:
-            QueryError: the masks belong to segments of different sizes.
-        """
-        if self.items != other.items:
-            raise QueryError(f"masks of {self.items} and {other.items} items", remedy="Combine masks of one segment.")
-        return self._counted(self.items, self.words & other.words)
-
-    @property
-    def allowed(self) -> int:
-        """How many items are allowed."""
-        return int(self.rank(np.array([self.items]))[0])
+        bitmap = packed.view("<u8")
+        running = np.zeros(words, dtype=np.uint32)
+        np.cumsum(np.bitwise_count(bitmap[:-1]), out=running[1:])
+        return cls(len(allowed), bitmap, running)
 
     def rank(self, items: np.ndarray) -> np.ndarray:
         """Allowed items before each of ``items`` (int, 0..items): interval [a, b) holds rank(b) - rank(a)."""

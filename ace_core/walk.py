@@ -167,13 +167,11 @@ class Walk:
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
-        low, high = rows.low, rows.high
         counts = np.zeros(rows.score.shape, np.int64)
         alive = np.arange(rows.score.shape[1]) < rows.live[:, None]
         for s, segment in enumerate(self.segments):
-            begin, end = np.where(alive, low[..., s], 0), np.where(alive, high[..., s], 0)
-            for pointers in segment.first_child[rows.level :]:
-                begin, end = pointers[begin], pointers[end]
+            low, high = np.where(alive, rows.low[..., s], 0), np.where(alive, rows.high[..., s], 0)
+            begin, end = segment.items_of(rows.level, low, high)
             counts += end - begin
         return counts.sum(1)
 

@@ -82,7 +82,7 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
         log_probs = speller.noisy[level][:, :width].contiguous()
         own = log_probs.numpy()
         scores = torch.from_numpy(rows.score[:, :width])
-        prefixes = torch.from_numpy(rows.codes[:, :width].reshape(BATCH * width, level).astype(np.int64))
+        prefixes = torch.from_numpy(rows.codes[:, :width, :level].reshape(BATCH * width, level).astype(np.int64))
         scores32 = scores.float()
         at = states[:, :width]
         wide = filtered.width
