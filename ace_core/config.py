@@ -141,7 +141,7 @@ class GeneratorSettings(Section):
     candidates: int = Field(8192, ge=2, description="items that a step's targets are spread over")
     virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
     virtual_noise: float = Field(
-        1.0, ge=0, description="noise of a virtual query: a factor on the gap of a real caption, or without captions its norm"
+        1.0, ge=0, description="noise of a virtual query, as a factor on a caption's gap (its norm, without captions)"
     )
     coarse_fusion: bool = True
     fine_fusion: bool = True
@@ -159,7 +159,7 @@ class SearchSettings(Section):
         "vocabulary", description="what a token's probability is a share of (mode: beam)"
     )
     finish: int = Field(
-        0, ge=0, le=10_000, description="items below the beam from which all are scored in one pass; 0 never (mode: beam)"
+        0, ge=0, le=10_000, description="items left below the beam that are scored in one pass; 0 never (mode: beam)"
     )
     k: int = Field(20, ge=1, le=1000, description="results returned by default")
     rerank: bool = Field(True, description="combine the generator's score with the similarity of the rebuilt item")
