@@ -12,6 +12,7 @@ The rival is the aligner's two heads with exact search (Aligner.tower_*), the sa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from ace_core.generator.data import TrainingData
 from ace_core.generator.model import Generator
 from ace_core.generator.training import fit_generator
 from ace_core.identifiers import sort_order
+from ace_core.manifest import fingerprint
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.query import QueryBatch
 from ace_core.ranking import Ranker, fit_ranker
@@ -42,7 +44,7 @@ from benchmarks.retrieval_data import DataSet, TextTable, load_set, text_table
 _QUERIES_AT_ONCE = 250
 _DRAFT = 200
 _SEEN_QUERIES = 2500
-_RANKING_QUERIES = 1000
+_RANKING_QUERIES = 600
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,18 @@ class Spaces:
     tower_queries: np.ndarray
 
 
-def fit_spaces(world: World, settings: AlignerSettings) -> Spaces:
+def fit_spaces(world: World, settings: AlignerSettings, cache: Path) -> Spaces:
+    """Fit the aligner, or read the one that an earlier run fitted to the same data with the same settings."""
     features = {world.data.modality: world.data.features}
     train = world.pairs(world.train)
-    aligner, metrics = fit_aligner(features, train, settings, validation=world.pairs(world.validation))
-    print(f"  aligner: {metrics}", flush=True)
+    known = hashlib.sha256(world.data.features.tobytes() + train.rows.tobytes() + world.validation.tobytes())
+    folder = cache / f"aligner.{fingerprint(world.data.name, settings.model_dump(), known.hexdigest())}"
+    if folder.is_dir():
+        aligner = Aligner.load(folder)
+    else:
+        aligner, metrics = fit_aligner(features, train, settings, validation=world.pairs(world.validation))
+        print(f"  aligner: {metrics}", flush=True)
+        aligner.save(folder)
     queries = aligner.text_vectors(world.text.pooled)
     with torch.inference_mode():
         tower = aligner.tower_item(world.data.modality, torch.from_numpy(world.data.features)).numpy()
@@ -403,7 +412,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a small part, in under a minute")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
-    parser.add_argument("--epochs", type=int, help="epochs of the generator")
+    parser.add_argument("--generator", action="append", default=[], metavar="KEY=VALUE", help="a generator setting")
     parser.add_argument("--parts", default="main,no-captions,ablation", help="which tables")
     parser.add_argument("--ablation-captions", type=int, default=4000, help="captions that ablated generators train on")
     args = parser.parse_args()
@@ -417,14 +426,14 @@ def main() -> None:
         aligner = aligner.model_copy(update={"epochs": 8, "batch_size": 128})
         quantizer = quantizer.model_copy(update={"coarse": 16, "fine_codes": 32, "epochs": 2})
         generator = generator.model_copy(update={"epochs": 1, "r_drop": 0.0})
-    if args.epochs:
-        generator = generator.model_copy(update={"epochs": args.epochs})
+    changes = dict(change.split("=", 1) for change in args.generator)
+    generator = GeneratorSettings.model_validate(generator.model_dump() | changes)
     print(f"{args.set}: {len(data.split)} items, {len(world.train)} training captions", flush=True)
     report = Report(200 if args.quick else 1000)
     report.figures["settings"] = {
         "aligner": aligner.model_dump(), "quantizer": quantizer.model_dump(), "generator": generator.model_dump(),
     }  # fmt: skip
-    spaces = fit_spaces(world, aligner)
+    spaces = fit_spaces(world, aligner, cache)
     parts = args.parts.split(",")
 
     def written() -> None:
