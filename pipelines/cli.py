@@ -309,6 +309,8 @@ def show_error(error: AceError) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors that have a remedy are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Before torch is loaded: threads that wait shall sleep (see pipelines.cluster, which says it to Ray's workers).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: Any = app(args=arguments, standalone_mode=False)
         if code != INTERRUPTED:

@@ -242,7 +242,8 @@ def _on_actors(dataset: Dataset, pool: Pool, batch_size: int, args: tuple[Any, .
             _OnActor,
             fn_constructor_args=args,
             batch_size=batch_size,
-            compute=ActorPoolStrategy(size=pool.count),
+            # One actor is enough to go on with: after losing a node there may be no room for all of them.
+            compute=ActorPoolStrategy(min_size=1, max_size=pool.count, initial_size=pool.count),
             num_cpus=pool.threads,
             num_gpus=pool.gpus or None,
             max_restarts=0,
