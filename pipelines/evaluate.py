@@ -28,7 +28,7 @@ from ace_core.retriever import Retriever
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
 from pipelines.corpus import Corpus, asked_seen, captions_part, load_captions, load_corpus
-from pipelines.progress import Reporter
+from pipelines.progress import Reporter, Step
 from pipelines.publish import live_ids
 from pipelines.shards import indexed_ids
 from pipelines.texts import CaptionFeatures
@@ -177,9 +177,8 @@ def measure(
                 ranks = {DUAL_TOWER: exact_ranks(vectors[asked], items, gold, gallery=gallery)}
                 step.advance(len(asked))
                 for mode in MODES if modality is None else (settings.search.mode,):
-                    found = _found(retriever, texts, modality, mode, rows_by_id)
+                    found = _found(retriever, texts, modality, mode, rows_by_id, step)
                     ranks[mode] = ranks_in(found, gold)
-                    step.advance(len(asked))
                 for method, r in ranks.items():
                     result = summarise(
                         r, len(gallery), groups=gold, resamples=settings.evaluation.bootstrap,
@@ -206,7 +205,12 @@ def _gallery(features: Features, live: np.ndarray, modality: Modality | None) ->
 
 
 def _found(
-    retriever: Retriever, texts: list[str], modality: Modality | None, mode: Mode, rows_by_id: dict[str, int]
+    retriever: Retriever,
+    texts: list[str],
+    modality: Modality | None,
+    mode: Mode,
+    rows_by_id: dict[str, int],
+    step: Step,
 ) -> np.ndarray:
     """Rows (n, DEPTH) of what the search answers, -1 where it ends."""
     out = np.full((len(texts), DEPTH), -1, np.int64)
@@ -214,6 +218,7 @@ def _found(
         answers = retriever.search(texts[start : start + BATCH], k=DEPTH, modality=modality, mode=mode)
         for number, hits in enumerate(answers, start=start):
             out[number, : len(hits)] = [rows_by_id[hit.item_id] for hit in hits]
+        step.advance(len(answers))
     return out
 
 
