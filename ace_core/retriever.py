@@ -17,14 +17,13 @@ import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
-from ace_core.attributes import Facet, FilterValue, facets, matching
+from ace_core.attributes import FilterValue, matching
 from ace_core.config import LimitSettings, SearchSettings
 from ace_core.decoding import Candidates, search_candidates
 from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, load_text_encoder
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
-from ace_core.identifiers import prefix_interval
 from ace_core.items import MODALITIES, Modality
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
@@ -204,21 +203,6 @@ class Retriever:
         found = self.snapshot.find(item_id)
         return None if found is None else self.snapshot.segments[found[0]].item(found[1])
 
-    def cluster(self, prefix: Sequence[int], limit: int = 100) -> tuple[list[StoredItem], int]:
-        """Live items whose identifier begins with ``prefix``: at most ``limit`` of them, and how many there are."""
-        items: list[StoredItem] = []
-        total = 0
-        for segment, removed in zip(self.snapshot.segments, self.snapshot.removed):
-            low, high = prefix_interval(segment.gallery.codes, prefix)
-            rows = np.setdiff1d(np.arange(low, high), removed, assume_unique=True)
-            total += len(rows)
-            items += [segment.item(int(row)) for row in rows[: limit - len(items)]]
-        return items, total
-
-    def facets(self) -> list[Facet]:
-        """The attributes that items can be filtered by."""
-        return facets([segment.attributes for segment in self.snapshot.segments])
-
     def _media_encoder(self, modality: Modality) -> MediaEncoder:
         if modality not in self._media_encoders:
             wanted = self.snapshot.manifest.encoder_identities.get(modality)
@@ -287,32 +271,40 @@ class Retriever:
         score = ranker.score(candidates.log_prob, similar, candidates.valid)
         probability = ranker.probability(score, similar)
         order = np.argsort(-score, axis=1, kind="stable")
-        answers = []
-        for number, limit in enumerate(kept):
-            best = [c for c in order[number, :limit] if candidates.valid[number, c]]
-            answers.append([self._hit(candidates, number, c, probability, similar) for c in best])
+        chosen = [
+            (number, int(column))
+            for number, limit in enumerate(kept)
+            for column in order[number, :limit]
+            if candidates.valid[number, column]
+        ]
+        answers: list[list[Hit]] = [[] for _ in kept]
+        for at, item in zip(chosen, self._items(candidates, chosen)):
+            answers[at[0]].append(
+                Hit(
+                    item_id=item.item_id,
+                    score=float(probability[at]),
+                    modality=item.modality,
+                    uri=item.uri,
+                    mime=item.mime,
+                    captions=item.captions,
+                    attributes=item.attributes,
+                    identifier=item.identifier,
+                    log_prob=float(candidates.log_prob[at]),
+                    similarity=float(similar[at]),
+                    level_probs=tuple(np.exp(candidates.level_log_prob[at]).tolist()),
+                    start_seconds=item.start_seconds,
+                    end_seconds=item.end_seconds,
+                )
+            )
         return answers
 
-    def _hit(
-        self, candidates: Candidates, query: int, column: int, probability: np.ndarray, similar: np.ndarray
-    ) -> Hit:
-        at = query, column
-        item = self.snapshot.segments[candidates.segment[at]].item(int(candidates.row[at]))
-        return Hit(
-            item_id=item.item_id,
-            score=float(probability[at]),
-            modality=item.modality,
-            uri=item.uri,
-            mime=item.mime,
-            captions=item.captions,
-            attributes=item.attributes,
-            identifier=item.identifier,
-            log_prob=float(candidates.log_prob[at]),
-            similarity=float(similar[at]),
-            level_probs=tuple(float(p) for p in np.exp(candidates.level_log_prob[at])),
-            start_seconds=item.start_seconds,
-            end_seconds=item.end_seconds,
-        )
+    def _items(self, candidates: Candidates, chosen: Sequence[tuple[int, int]]) -> list[StoredItem]:
+        """The items of some candidates (query, column), each segment's read in one go."""
+        out: dict[tuple[int, int], StoredItem] = {}
+        for number, segment in enumerate(self.snapshot.segments):
+            here = [at for at in chosen if candidates.segment[at] == number]
+            out |= zip(here, segment.items_at([int(candidates.row[at]) for at in here]))
+        return [out[at] for at in chosen]
 
 
 def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tuple[Modality, ...]:

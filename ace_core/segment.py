@@ -13,6 +13,7 @@ merges. Its folder holds
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,17 +155,25 @@ class Segment:
 
     def item(self, row: int) -> StoredItem:
         """The item at a row."""
-        fields = self.items.slice(row, 1).to_pylist()[0]
-        return StoredItem(
-            item_id=fields["item_id"],
-            uri=fields["uri"],
-            root=self.corpus_root,
-            modality=Modality(fields["modality"]),
-            captions=tuple(fields["captions"] or ()),
-            attributes={k: v for k, v in fields["attributes"].items() if v is not None},
-            mime=fields["mime"] or "application/octet-stream",
-            content_hash=fields["content_hash"],
-            start_seconds=fields["start_seconds"],
-            end_seconds=fields["end_seconds"],
-            identifier=tuple(int(token) for token in self.gallery.codes[row]),
-        )
+        return self.items_at([row])[0]
+
+    def items_at(self, rows: Sequence[int]) -> list[StoredItem]:
+        """The items at some rows, read from the table in one go."""
+        return [
+            StoredItem(
+                item_id=fields["item_id"],
+                uri=fields["uri"],
+                root=self.corpus_root,
+                modality=Modality(fields["modality"]),
+                captions=tuple(fields["captions"] or ()),
+                attributes={k: v for k, v in fields["attributes"].items() if v is not None},
+                mime=fields["mime"] or "application/octet-stream",
+                content_hash=fields["content_hash"],
+                start_seconds=fields["start_seconds"],
+                end_seconds=fields["end_seconds"],
+                identifier=tuple(identifier),
+            )
+            for fields, identifier in zip(
+                self.items.take(pa.array(rows, pa.int64())).to_pylist(), self.gallery.codes[rows].tolist()
+            )
+        ]

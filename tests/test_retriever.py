@@ -11,6 +11,7 @@ import torch
 
 from ace_core.config import SearchSettings
 from ace_core.errors import QueryError, StoreError
+from ace_core.identifiers import prefix_interval
 from ace_core.query import Hit, SearchRequest
 from ace_core.retriever import Retriever
 from tests.tiny_store import TinyStore, vectors_of
@@ -152,21 +153,15 @@ def test_rerank_off_is_the_generators_own_order(tiny: TinyStore) -> None:
         assert [h.item_id for h in alone] != [h.item_id for h in mixed]
 
 
-def test_cluster_and_facets(tiny: TinyStore) -> None:
-    retriever = _open(tiny)
-    identifier = retriever.item("item-0042").identifier
-    for length in range(1, len(identifier) + 1):
-        items, total = retriever.cluster(identifier[:length], limit=300)
-        assert len(items) == total and "item-0042" in {i.item_id for i in items}
-        assert all(i.identifier[:length] == identifier[:length] for i in items)
-    assert (
-        retriever.cluster(identifier[:1], limit=5)[1] == 100 and len(retriever.cluster(identifier[:1], limit=5)[0]) == 5
-    )
-    assert retriever.cluster([2, 7, 15, 15])[1] in range(5)
+def test_a_prefix_is_an_interval_of_items(tiny: TinyStore) -> None:
+    codes = _open(tiny).snapshot.segments[0].gallery.codes
+    for row in (0, 41, 299):
+        for length in range(codes.shape[1] + 1):
+            low, high = prefix_interval(codes, codes[row, :length])
+            same = (codes[:, :length] == codes[row, :length]).all(axis=1)
+            assert low <= row < high and high - low == same.sum() and same[low:high].all()
     with pytest.raises(QueryError, match="identifiers have 4"):
-        retriever.cluster([0] * 5)
-    facets = {f.name: f for f in retriever.facets()}
-    assert dict(facets["parity"].values) == {"odd": 150, "even": 150} and facets["number"].values == ()
+        prefix_interval(codes, [0] * 5)
 
 
 def test_bad_queries(tiny: TinyStore) -> None:
