@@ -168,7 +168,9 @@ class SearchSettings(Section):
 class PublishSettings(Section):
     """What a snapshot stores."""
 
-    vectors: Literal["none", "int8"] = Field("none", description="stored item vectors for re-ranking")
+    vectors: Literal["none", "int8"] = Field(
+        "int8", description="what candidates are re-ranked with: stored 8-bit vectors, or (none) their codes alone"
+    )
 
 
 class EvaluationSettings(Section):

@@ -111,8 +111,8 @@ def test_a_collapsed_codebook_is_not_kept(world: World) -> None:
 
 
 def test_publishing_another_kind_of_vectors_than_was_fitted_is_refused(world: World) -> None:
-    other = world.settings.model_copy(update={"publish": world.settings.publish.model_copy(update={"vectors": "int8"})})
-    with pytest.raises(StoreError, match=r"publish\.vectors=none"):
+    other = world.settings.model_copy(update={"publish": world.settings.publish.model_copy(update={"vectors": "none"})})
+    with pytest.raises(StoreError, match=r"publish\.vectors=int8"):
         publish_stage(other, world.store, Reporter(quiet=True))
     assert world.store.current().snapshot == world.snapshot.id
 
