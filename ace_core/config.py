@@ -124,7 +124,7 @@ class GeneratorSettings(Section):
     heads: int = Field(4, ge=1, description="attention heads; the width is a multiple of them")
     layers: int = Field(2, ge=1, description="decoder layers")
     dropout: float = Field(0.2, ge=0, lt=1)
-    epochs: int = Field(4, ge=1, description="passes over the captions (over the items, where there are none)")
+    epochs: int = Field(3, ge=1, description="passes over the captions (over the items, where there are none)")
     batch_size: int = Field(256, ge=2, description="queries of an optimiser step, over all workers")
     accumulate: int = Field(1, ge=1, description="parts that a step's batch is computed in, to save memory")
     learning_rate: float = Field(1e-3, gt=0)
@@ -188,8 +188,11 @@ class ServeSettings(Section):
     replicas: int = Field(1, ge=1, description="decoding replicas, at least")
     max_replicas: int = Field(1, ge=1, description="decoding replicas that the autoscaler may start")
     max_batch: int = Field(16, ge=1, description="queries that a replica decodes together")
-    batch_wait_seconds: float = Field(0.005, ge=0, description="how long a replica waits for a batch to fill")
+    batch_wait_seconds: float = Field(
+        0.0, ge=0, description="how long an idle replica waits for a batch to fill; a busy one fills it anyway"
+    )
     max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
+    max_wait_seconds: float = Field(1.0, gt=0, description="searches that would wait longer are answered 429")
     request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
     watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")
     threads: int = Field(1, ge=1, description="torch threads of a replica")
