@@ -19,7 +19,7 @@ from ace_core.query import QueryBatch
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import MaskAddresses, Masks, Rows, Walk
 
-_SCAN = 32
+_SCAN = 8  # items for each row of the draft: costs what the levels that it saves cost
 
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
@@ -138,7 +138,7 @@ def one_shot_search(
         draft: identifiers kept at each level.
         limit: candidates returned for a query at most; by default two for each of the draft.
         scan: as soon as a query has no more than this many items below its rows, all of them are looked at, which
-            finds more in less time; by default 32 for each of the draft. 0 never does. Not on a :class:`TensorWalk`.
+            finds more in the same time; by default 8 for each of the draft. 0 never does. Not on a :class:`TensorWalk`.
         (others as in :func:`beam_search`)
     """
     walk = _prepared(segments)

@@ -314,6 +314,7 @@ def _expand_query(
             best = max(best, np.float64(log_probs[0, token]))
     size = 0
     threshold = -np.inf
+    narrow, wide = _uint8(tokens[0]), _uint16(tokens[0])
     for r in range(rows):
         base = score[r]
         if base + best <= threshold:
@@ -331,12 +332,12 @@ def _expand_query(
             if segments == 1:
                 if tokens_wide:
                     cursor[0], size = _scan(
-                        _uint16(tokens[0]), cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
+                        wide, cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
                         threshold, slot_score, slot_row, slot_low, slot_high, size, r,
                     )  # fmt: skip
                 else:
                     cursor[0], size = _scan(
-                        _uint8(tokens[0]), cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
+                        narrow, cursor[0], low[r, 0], high[r, 0], last, bits[0], base, row, norm,
                         threshold, slot_score, slot_row, slot_low, slot_high, size, r,
                     )  # fmt: skip
                 done = cursor[0] == high[r, 0]
@@ -365,12 +366,12 @@ def _expand_query(
     for at in range(size):
         slot = order[at]
         own = slot_row[slot]
-        token = np.int64(0)
+        spelled = np.int64(0)
         for s in range(segments):
             begin = slot_low[slot, s]
             end = slot_high[slot, s]
             if begin < end:
-                token = _token(tokens[s], tokens_wide, begin)
+                spelled = _token(tokens[s], tokens_wide, begin)
             if not last:
                 begin = _child(pointers[s, level], pointers_wide[s], begin)
                 end = _child(pointers[s, level], pointers_wide[s], end)
@@ -380,8 +381,8 @@ def _expand_query(
             next_codes[at, done_level] = codes[own, done_level]
             next_level_log_prob[at, done_level] = level_log_prob[own, done_level]
         norm = norms[own if renormalise else 0]
-        next_codes[at, level] = token
-        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else own, token]) - norm, 0.0)
+        next_codes[at, level] = spelled
+        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else own, spelled]) - norm, 0.0)
         next_score[at] = slot_score[slot]
         next_parent[at] = own
     return size
