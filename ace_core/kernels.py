@@ -12,12 +12,22 @@ the read-only index (numba's own thread pool is not used; its default layer is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 NO_MASK = np.uint64(0)
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compile on first use, and keep the result on disk where there is a place for it."""
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @intrinsic
@@ -30,32 +40,32 @@ def _pointer(typingctx, address):
     return types.voidptr(address), codegen
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _uint8(address):
     return numba.carray(_pointer(address), (1,), np.uint8)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _uint16(address):
     return numba.carray(_pointer(address), (1,), np.uint16)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _uint64(address):
     return numba.carray(_pointer(address), (1,), np.uint64)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _int32(address):
     return numba.carray(_pointer(address), (1,), np.int32)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _int64(address):
     return numba.carray(_pointer(address), (1,), np.int64)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _any_bit(words, low, high):
     """Is any of bits low .. high - 1 set?"""
     if low >= high:
@@ -72,7 +82,7 @@ def _any_bit(words, low, high):
     return (words[last] << np.uint64(63 - ((high - 1) & 63))) != np.uint64(0)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def mark_parents(children, pointers, parents):
     """Set the bit of every node that has a child whose bit is set.
 
@@ -84,17 +94,17 @@ def mark_parents(children, pointers, parents):
             parents[node >> 6] |= np.uint64(1) << np.uint64(node & 63)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _token(address, wide, node):
     return np.int64(_uint16(address)[node]) if wide else np.int64(_uint8(address)[node])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _child(address, wide, node):
     return _int64(address)[node] if wide else np.int64(_int32(address)[node])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _run_end(address, wide, node, end, last):
     """End of the run of children with the token of ``node``: longer than one on the last level only."""
     if not last or node + 1 == end:
@@ -112,7 +122,7 @@ def _run_end(address, wide, node, end, last):
     return low
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _join(tokens, wide, cursor, ends, last, vocabulary, run_end):
     """The next child of a row, joined over its segments: its token (``vocabulary`` when there is none).
 
@@ -129,7 +139,7 @@ def _join(tokens, wide, cursor, ends, last, vocabulary, run_end):
     return token
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _any_allowed(bits, low, high):
     """Does any segment's interval [low, high) of nodes hold an allowed one?"""
     for s in range(len(low)):
@@ -138,7 +148,7 @@ def _any_allowed(bits, low, high):
     return False
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _log_sum(tokens, tokens_wide, last, bits, ends, row, cursor, run_end):
     """Log of the summed probabilities of a row's allowed children; leaves ``cursor`` at their end."""
     largest = -np.inf
@@ -158,7 +168,7 @@ def _log_sum(tokens, tokens_wide, last, bits, ends, row, cursor, run_end):
             cursor[s] = run_end[s]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _nth_largest(values, count, n):
     """The n-th largest (from 1) of the first ``count`` values, which it reorders. Branch-free inside: the order is
     random, and a mispredicted branch costs more than the swap."""
@@ -188,7 +198,7 @@ def _nth_largest(values, count, n):
     return values[low]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch):
     """Drop all slots but the best ``keep``.
 
@@ -218,7 +228,7 @@ def _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch):
     return left, threshold
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _order_best_first(score, count, order, other):
     """Fill ``order`` with the stable descending order of the first ``count`` scores (merge sort of short runs)."""
     run = 16
@@ -245,7 +255,7 @@ def _order_best_first(score, count, order, other):
         run *= 2
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _scan(
     tokens, at, first, end, last, bits, base, row, norm, threshold,
     slot_score, slot_row, slot_low, slot_high, size, r,
@@ -286,7 +296,7 @@ def _scan(
     return end, size
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _expand_query(
     tokens, tokens_wide, pointers, pointers_wide, level, bits,
     low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
@@ -388,7 +398,7 @@ def _expand_query(
     return size
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def expand(
     tokens, tokens_wide, pointers, pointers_wide, level, bits,
     low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
@@ -424,7 +434,7 @@ def expand(
         )  # fmt: skip
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _items_below(pointers, pointers_wide, level, low, high, rows):
     """Items below the first ``rows`` rows, whose children are nodes of ``level``."""
     total = np.int64(0)
@@ -438,7 +448,7 @@ def _items_below(pointers, pointers_wide, level, low, high, rows):
     return total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def _scan_below(
     tokens, tokens_wide, pointers, pointers_wide, level, bits, own, offsets,
     row_low, row_high, row_score, row_codes, rows,
@@ -541,7 +551,7 @@ def _scan_below(
     return size
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def draft(
     tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets, scan,
     low, high, score, codes, level_log_prob, live,
@@ -599,7 +609,7 @@ def draft(
         live[q] = rows
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def collect(bits, low, high, rows, segment, item, leaf, found):
     """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
 

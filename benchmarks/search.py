@@ -113,7 +113,12 @@ def _probing(index: faiss.Index, probes: int, owner: faiss.Index) -> Search:
     parameters: faiss.SearchParameters = faiss.IVFSearchParameters(nprobe=probes)  # type: ignore[call-arg]
     if index is owner:
         parameters = faiss.IndexRefineSearchParameters(k_factor=4, base_index_params=parameters)  # type: ignore[call-arg]
-    return lambda q, _=owner: index.search(q, 10, params=parameters)[1][0]
+
+    def search(query: np.ndarray) -> np.ndarray:
+        assert owner.is_trained
+        return index.search(query, 10, params=parameters)[1][0]
+
+    return search
 
 
 def cheapest(ways: dict[str, tuple[float, float]], at_least: float) -> str | None:

@@ -1,5 +1,7 @@
 """Beam search: against a plain reference, over random corpora, masks and segments."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -361,3 +363,32 @@ def test_float32_and_float64_models_agree():
     b = beam_search(TableModel(sizes, torch.float64), queries([1, 2]), [index], beam=10)
     assert a.row.tolist() == b.row.tolist()
     np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)
+
+
+def test_threads_may_search_at_the_same_time():
+    rng = np.random.default_rng(0)
+    sizes = (3, 30, 30, 30)
+    codes = np.stack([rng.integers(0, s, 5000) for s in sizes], 1).astype(np.uint16)
+    index, _, _ = build(codes, sizes)
+    walk = Walk([index])
+    model = TableModel(sizes)
+    masks = [[ItemMask.of(rng.random(5000) < 0.3)] for _ in range(4)]
+
+    def search(number: int) -> list:
+        return beam_search(model, queries([number]), walk, masks[number % 4], beam=10).row.tolist()
+
+    alone = [search(number) for number in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(search, range(24))) == alone
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    from numba.core.caching import FunctionCache
+
+    from ace_core import kernels
+
+    def no_place(self, function):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(FunctionCache, "__init__", no_place)
+    assert kernels._compiled(lambda a: a + 1)(1) == 2
