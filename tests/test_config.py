@@ -11,7 +11,19 @@ from ace_core.errors import SettingsError
 
 
 def test_defaults_need_no_file() -> None:
-    assert load_settings() == Settings()
+    changed = {"store", "corpus"}  # their folders become absolute
+    assert load_settings().model_dump(exclude=changed) == Settings().model_dump(exclude=changed)
+
+
+def test_relative_folders_become_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    changes = ("store=here", "corpus.path=s3://bucket/media", "serve.keys_file=keys", "encoders.text.path=clip")
+    settings = load_settings(None, (*changes, "encoders.image.path=openai/clip"))
+    assert settings.store == str(tmp_path / "here") and settings.corpus.path == "s3://bucket/media"
+    assert settings.serve.keys_file == str(tmp_path / "keys")
+    assert settings.encoders.text.path == str(tmp_path / "clip") and settings.encoders.image.path == "openai/clip"
+    assert load_settings(None, ("store=s3://bucket/ace",)).store == "s3://bucket/ace"
 
 
 def test_yaml_and_overrides(tmp_path: Path) -> None:
@@ -25,7 +37,7 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
 
 def test_empty_file_is_defaults(tmp_path: Path) -> None:
     (tmp_path / "ace.yaml").write_text("")
-    assert load_settings(tmp_path / "ace.yaml") == Settings()
+    assert load_settings(tmp_path / "ace.yaml") == load_settings()
 
 
 @pytest.mark.parametrize(
