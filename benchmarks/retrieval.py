@@ -110,12 +110,14 @@ class System:
     def __init__(
         self, world: World, vectors: np.ndarray, queries: np.ndarray, scale: float, *,
         quantizer: QuantizerSettings, generator: GeneratorSettings, captions: np.ndarray,
+        plain: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Fit.
 
         Args:
             vectors: (N, D) items. queries: (C, D) every caption's vector. scale: of the aligned space.
             captions: those that the generator is trained on.
+            plain: (N, D) items without their captions' share.
         """
         self.world, self.vectors, self.queries = world, vectors, queries
         tokens = np.full(len(vectors), world.data.modality.token)
@@ -135,6 +137,7 @@ class System:
             mask=text.mask[captions],
             rows=local[world.data.rows[captions]],
             teacher_scale=scale,
+            plain_vectors=None if plain is None else plain[here],
         )
         torch.manual_seed(0)
         model = Generator(generator, self.quantizer, text.hidden.shape[3], text.hidden.shape[1])
@@ -228,6 +231,7 @@ class Spaces:
 
     aligner: Aligner
     items: np.ndarray
+    plain: np.ndarray
     queries: np.ndarray
     tower_items: np.ndarray
     tower_queries: np.ndarray
@@ -248,7 +252,8 @@ def fit_spaces(world: World, settings: AlignerSettings, cache: Path) -> Spaces:
     queries = aligner.text_vectors(world.text.pooled)
     with torch.inference_mode():
         tower = aligner.tower_item(world.data.modality, torch.from_numpy(world.data.features)).numpy()
-    return Spaces(aligner, aligner.item_vectors(features, train), queries, tower, queries[:, :-1])
+    plain = aligner.item_vectors(features)
+    return Spaces(aligner, aligner.item_vectors(features, train), plain, queries, tower, queries[:, :-1])
 
 
 class Report:
@@ -385,7 +390,7 @@ def ablation(
         system = System(
             world, spaces.items, spaces.queries, spaces.aligner.scale,
             quantizer=quantizer.model_copy(update=q_change), generator=generator.model_copy(update=g_change),
-            captions=captions,
+            captions=captions, plain=spaces.plain,
         )  # fmt: skip
         row = {}
         for where, gallery in (("test", world.test_items), ("all", everything)):
@@ -443,7 +448,7 @@ def main() -> None:
     if "main" in parts:
         system = System(
             world, spaces.items, spaces.queries, spaces.aligner.scale, quantizer=quantizer, generator=generator,
-            captions=world.train,
+            captions=world.train, plain=spaces.plain,
         )  # fmt: skip
         system.fit_ranking()
         report.figures["generator_seconds"] = round(system.seconds)

@@ -52,6 +52,7 @@ def corpus(items: int = 120, captions: int = 160, seed: int = 0) -> tuple[Quanti
         mask=np.arange(TOKENS) < lengths[:, None],
         rows=rows.astype(np.int64),
         teacher_scale=15.0,
+        plain_vectors=x,
     )
 
 

@@ -29,6 +29,9 @@ class TrainingData:
         mask: (P, T) bool.
         rows: (P,) int64, each caption's item.
         teacher_scale: inverse temperature of the aligned space (``Aligner.scale``).
+        plain_vectors: (N, D) float32, the items' vectors without their captions' share. An indexed vector contains the
+            very captions that are trained on, so finding it is no lesson; the refined query learns from these, and
+            without them only keeps the aligned similarities.
     """
 
     vectors: np.ndarray
@@ -38,6 +41,7 @@ class TrainingData:
     mask: np.ndarray
     rows: np.ndarray
     teacher_scale: float
+    plain_vectors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.vectors) != len(self.codes) or not len(self.vectors):

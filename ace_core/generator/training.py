@@ -49,10 +49,13 @@ class _Corpus:
         self.data = data
         self.device = device
         self.vectors = torch.from_numpy(np.asarray(data.vectors, np.float32)).to(device)
+        self.plain = self.vectors
+        if data.plain_vectors is not None:
+            self.plain = torch.from_numpy(np.asarray(data.plain_vectors, np.float32)).to(device)
         self.codes = torch.from_numpy(data.codes.astype(np.int64)).to(device)
         self.rows = torch.from_numpy(np.asarray(data.rows, np.int64)).to(device)
         queries = torch.from_numpy(np.asarray(data.query_vectors, np.float32)).to(device)
-        self.gaps = queries - self.vectors[self.rows]
+        self.gaps = queries - self.plain[self.rows]
         _, texts = np.unique(data.query_vectors, axis=0, return_inverse=True)
         self.texts = torch.from_numpy(texts.reshape(-1)).to(device)
 
@@ -218,19 +221,19 @@ def _loss(
     finds, item by item in proportion (``soft_targets``), and its own items for the rest. What the decoder is asked to
     spell therefore includes items that no caption names: this is what keeps it from preferring those it saw.
     """
-    items = corpus.vectors[candidates]
+    items, plain = corpus.vectors[candidates], corpus.plain[candidates]
     with torch.no_grad():
-        base = query.vector @ items.T
-    find = item_targets(own, base, corpus.data.teacher_scale, settings.item_smoothing)
+        base = query.vector @ plain.T
+    smoothing = settings.item_smoothing if corpus.data.plain_vectors is not None else 1.0
+    find = item_targets(own, base, corpus.data.teacher_scale, smoothing)
     bf16 = torch.autocast(corpus.device.type, torch.bfloat16, enabled=corpus.device.type == "cuda")
     with bf16:
         reading = generator.read(query)
-    similarity = reading.vector @ items.T
-    loss = settings.item_loss * soft_cross_entropy(generator.item_scale * similarity, find)
+    loss = settings.item_loss * soft_cross_entropy(generator.item_scale * reading.vector @ plain.T, find)
 
     with torch.no_grad():
         sharp = settings.sharpness * corpus.data.teacher_scale
-        spell = item_targets(own, similarity.detach(), sharp, settings.soft_targets)
+        spell = item_targets(own, reading.vector @ items.T, sharp, settings.soft_targets)
         near = spell.topk(min(_NEAREST, spell.shape[1]), dim=1)
         spell = near.values / near.values.sum(1, keepdim=True)
         codes = corpus.codes[candidates[near.indices]]
