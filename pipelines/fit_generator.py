@@ -72,6 +72,7 @@ def _fit(context: FitContext) -> dict[str, Any]:
         mask=captions.mask[chosen],
         rows=pairs.rows,
         teacher_scale=aligner.scale,
+        plain_vectors=aligner.item_vectors(corpus.features.embeddings),
     )
     layers, width = captions.hidden.shape[1], captions.hidden.shape[3]
     generator, report = fit_generator(
