@@ -283,9 +283,32 @@ def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()
         except yaml.YAMLError as e:
             raise SettingsError(f"the value is not YAML: {e}", where=f"--set {override}") from None
     try:
-        return Settings.model_validate(_over(Settings().model_dump(), raw))
+        return _absolute(Settings.model_validate(_over(Settings().model_dump(), raw)))
     except ValidationError as e:
         raise _readable(e, where) from None
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Relative folders are taken from the working directory here, once: Ray's workers have others."""
+
+    def of(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+    def model(path: str | None) -> str | None:  # a folder, or else the name of a model on a hub
+        return of(path) if path is not None and Path(path).expanduser().exists() else path
+
+    encoders = {
+        name: (section := getattr(settings.encoders, name)).model_copy(update={"path": model(section.path)})
+        for name in EncoderSettings.model_fields
+    }
+    return settings.model_copy(
+        update={
+            "store": of(settings.store),
+            "corpus": settings.corpus.model_copy(update={"path": of(settings.corpus.path)}),
+            "encoders": settings.encoders.model_copy(update=encoders),
+            "serve": settings.serve.model_copy(update={"keys_file": of(settings.serve.keys_file)}),
+        }
+    )
 
 
 def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
