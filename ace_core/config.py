@@ -192,7 +192,7 @@ class ServeSettings(Section):
         0.0, ge=0, description="how long an idle replica waits for a batch to fill; a busy one fills it anyway"
     )
     max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
-    max_wait_seconds: float = Field(1.0, gt=0, description="searches that would wait longer are answered 429")
+    max_wait_seconds: float = Field(2.0, gt=0, description="searches that would wait longer are answered 429")
     request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
     watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")
     threads: int = Field(1, ge=1, description="torch threads of a replica")

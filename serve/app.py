@@ -33,7 +33,7 @@ from ace_store.store import Store
 from serve.auth import read_keys
 from serve.calls import ExampleCall, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
 from serve.http import build_http
-from serve.replica import LightSettings, Searcher
+from serve.replica import BATCHES, LightSettings, Searcher
 
 APP_NAME = "ace"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -91,13 +91,22 @@ def build(settings: Settings) -> serve.Application:
     Raises:
         SettingsError: the key file cannot be used.
     """
+    return assemble(settings, Searcher)
+
+
+def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
+    """The application with another class of replica (a rival behind the same ingress, in the benchmarks).
+
+    Raises:
+        SettingsError: the key file cannot be used.
+    """
     chosen = settings.serve
     if chosen.keys_file is not None:
         # Refused here, where somebody looks, rather than in the log of a replica.
         read_keys(Path(chosen.keys_file))
     searcher = serve.deployment(
         name="Searcher",
-        max_ongoing_requests=max(64, 4 * chosen.max_batch),
+        max_ongoing_requests=BATCHES * chosen.max_batch,
         max_queued_requests=chosen.max_queued,
         user_config=LightSettings(
             max_batch=chosen.max_batch,
@@ -108,7 +117,7 @@ def build(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
         **_scaling(chosen),
-    )(Searcher)
+    )(replica)
     device = "cuda" if chosen.gpus else "cpu"
     ingress = serve.deployment(
         name="Ingress",
@@ -137,7 +146,12 @@ def _scaling(chosen: ServeSettings) -> dict[str, Any]:
 
 
 def run(
-    settings: Settings, blocking: bool = True, *, on_ready: Callable[[str], None] = print, ready_seconds: float = 180
+    settings: Settings,
+    blocking: bool = True,
+    *,
+    on_ready: Callable[[str], None] = print,
+    ready_seconds: float = 180,
+    replica: type[Searcher] = Searcher,
 ) -> str:
     """Start the server and wait until a replica has answered.
 
@@ -145,6 +159,7 @@ def run(
         blocking: serve until interrupted; otherwise return as soon as it answers.
         on_ready: called with the server's address.
         ready_seconds: how long it may take to start.
+        replica: see :func:`assemble`.
 
     Returns:
         The server's address.
@@ -170,7 +185,7 @@ def run(
         http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
         proxy_location=ProxyLocation.HeadOnly,
     )
-    serve.run(build(settings), name=APP_NAME, route_prefix="/")
+    serve.run(assemble(settings, replica), name=APP_NAME, route_prefix="/")
     address = f"http://{'127.0.0.1' if chosen.host == '0.0.0.0' else chosen.host}:{port}"
     _wait_until_ready(address, ready_seconds)
     on_ready(address)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from serve.calls import ExampleCall, Found, Options, Refusal, ReplicaState, Repl
 
 _log = logging.getLogger("ace.serve")
 _PROBE_TEXT = "a"
+_MAX_BATCH = 16
 _RETRY_SECONDS = 30.0
 
 
@@ -39,15 +41,16 @@ class _Vector:
     vector: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass
 class Waiting:
-    """A call in the queue: when it came (monotonic seconds), its vector if it is a search by example, and what that
-    cost."""
+    """A call in the queue: when it came (monotonic seconds), its vector if it is a search by example, what that cost,
+    and whether the caller went away."""
 
     call: TextCall | ExampleCall
     since: float
     vector: _Vector | None = None
     example_seconds: float = 0.0
+    cancelled: bool = False
 
     @property
     def queries(self) -> int:
@@ -56,7 +59,11 @@ class Waiting:
 
 
 class Engine:
-    """One replica's snapshot and threads."""
+    """One replica's snapshot and threads.
+
+    Attributes:
+        max_batch: queries that are decoded together; may be changed at any time.
+    """
 
     def __init__(self, store: str, *, replica: str, settings: SearchSettings, device: str, threads: int) -> None:
         """Open the current snapshot.
@@ -73,6 +80,9 @@ class Engine:
         self._refused: str | None = None
         self._reason: str | None = None
         self._tried_at = 0.0
+        self.max_batch = _MAX_BATCH
+        self._waiting: deque[tuple[Sequence[Waiting], asyncio.Future[list[Reply | Refusal]]]] = deque()
+        self._draining: asyncio.Task[None] | None = None
         self._search, self._media, self._load = (ThreadPoolExecutor(1, name) for name in ("search", "media", "load"))
         current = self._store.current().snapshot
         if current is None:
@@ -100,13 +110,41 @@ class Engine:
         return Waiting(call, time.monotonic(), vector, spent)
 
     async def answer(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
-        """Answer a batch, every call from the same snapshot."""
-        return await asyncio.get_running_loop().run_in_executor(self._search, self._answer, batch)
+        """Answer a batch, every call from the same snapshot, together with the batches that wait with it.
+
+        Ray Serve closes a batch as soon as its short wait is over, also while the one before is being decoded; under
+        load that makes many small ones. What waits when the search thread becomes free is decoded as one.
+        """
+        done: asyncio.Future[list[Reply | Refusal]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((batch, done))
+        if self._draining is None or self._draining.done():
+            self._draining = asyncio.create_task(self._drain())
+        return await done
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            together = [self._waiting.popleft()]
+            queries = sum(w.queries for w in together[0][0])
+            while self._waiting and queries + (more := sum(w.queries for w in self._waiting[0][0])) <= self.max_batch:
+                together.append(self._waiting.popleft())
+                queries += more
+            batch = [waiting for part, _ in together for waiting in part]
+            try:
+                answers = await asyncio.get_running_loop().run_in_executor(self._search, self._answer, batch)
+            except Exception as e:
+                for _, done in together:
+                    if not done.done():
+                        done.set_exception(e)
+                continue
+            for part, done in together:
+                mine, answers = answers[: len(part)], answers[len(part) :]
+                if not done.done():
+                    done.set_result(mine)
 
     def _answer(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
         live, started, now = self._live, time.monotonic(), time.time()
         answers: list[Reply | Refusal] = [_late()] * len(batch)
-        timely = [n for n, waiting in enumerate(batch) if waiting.call.deadline >= now]
+        timely = [n for n, waiting in enumerate(batch) if waiting.call.deadline >= now and not waiting.cancelled]
         try:
             found = self._find(live, [batch[n] for n in timely])
         except AceError:

@@ -31,16 +31,31 @@ _HEADERS = {
 
 
 class Admission:
-    """Counts searches in flight and refuses more than ``limit``; says when to come back, from how fast they leave."""
+    """Counts searches in flight, refuses what would wait too long, and says when to come back.
 
-    def __init__(self, limit: int) -> None:
+    A search that finds n others waits for about n times what one takes when they are answered together (Little's law:
+    time in the server over searches in it). So the queue is as long as the server is fast, and what is admitted is
+    answered soon.
+    """
+
+    def __init__(self, limit: int, *, always: int, max_wait_seconds: float) -> None:
+        """Set the limits.
+
+        Args:
+            limit: searches in flight, at most.
+            always: so many may be in flight however slow the last ones were (the first search after a start is).
+            max_wait_seconds: a search that would wait longer is refused.
+        """
         self.limit = limit
+        self.always = always
+        self.max_wait_seconds = max_wait_seconds
         self.in_flight = 0
-        self._seconds_each = 0.05
+        self._seconds_each = 0.0
 
     def enter(self) -> bool:
         """Take a place, if there is one."""
-        if self.in_flight >= self.limit:
+        wait = self.in_flight * self._seconds_each
+        if self.in_flight >= self.limit or (self.in_flight >= self.always and wait > self.max_wait_seconds):
             return False
         self.in_flight += 1
         return True

@@ -14,6 +14,7 @@ from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, Text
 from serve.engine import Engine, Waiting
 
 _MAX_BATCH = 16
+BATCHES = 32  # that may wait for the engine, which joins them
 _PROBE_SECONDS = 5.0
 
 
@@ -22,7 +23,7 @@ class LightSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     max_batch: int = Field(_MAX_BATCH, ge=1)
-    batch_wait_seconds: float = Field(0.005, ge=0)
+    batch_wait_seconds: float = Field(0.0, ge=0)
     watch_seconds: float = Field(2.0, gt=0)
 
 
@@ -42,6 +43,7 @@ class Searcher:
             pydantic.ValidationError: a setting is unknown or malformed; the deployment says so and keeps the old ones.
         """
         self._light = LightSettings.model_validate(user_config)
+        self._engine.max_batch = self._light.max_batch
         self._batched.set_max_batch_size(self._light.max_batch)  # type: ignore[attr-defined]
         self._batched.set_batch_wait_timeout_s(self._light.batch_wait_seconds)  # type: ignore[attr-defined]
         if self._watching is None:
@@ -50,7 +52,13 @@ class Searcher:
     async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
         """Answer a call, together with others that wait."""
         waiting = await self._engine.prepare(call)
-        return waiting if isinstance(waiting, Refusal) else await self._batched(waiting)
+        if isinstance(waiting, Refusal):
+            return waiting
+        try:
+            return await self._batched(waiting)
+        except asyncio.CancelledError:  # nobody listens any more: it need not be decoded
+            waiting.cancelled = True
+            raise
 
     async def probe(self) -> ReplicaState | Refusal:
         """Answer a small query through the same queue as every other, and say what is served."""
@@ -62,7 +70,7 @@ class Searcher:
         """What is served."""
         return self._engine.state()
 
-    @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.005)
+    @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES)
     async def _batched(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
         return await self._engine.answer(batch)
 

@@ -46,7 +46,11 @@ class Service:
         self.backend = backend
         self.keys = keys
         self.metrics = Metrics(ingress)
-        self.admission = Admission(settings.serve.max_queued)
+        self.admission = Admission(
+            settings.serve.max_queued,
+            always=settings.serve.max_batch,
+            max_wait_seconds=settings.serve.max_wait_seconds,
+        )
         self.catalog = Catalog(settings.store)
         self._states: dict[str, tuple[ReplicaState, float]] = {}
         self._ready_until = 0.0

@@ -99,6 +99,24 @@ def test_calls_past_their_deadline_leave_the_batch(engine: Engine) -> None:
     assert isinstance(refused, Refusal) and refused.kind == "deadline"
 
 
+def test_what_waits_is_decoded_together(engine: Engine) -> None:
+    """Ray Serve closes many small batches while one is being decoded; the engine joins them."""
+    engine.max_batch = 4
+
+    async def ask() -> list[Reply | Refusal]:
+        prepared = [await engine.prepare(_call(f"thing {n}")) for n in range(6)]
+        waiting = [w for w in prepared if not isinstance(w, Refusal)]
+        waiting[1].cancelled = True  # its caller went away
+        answers = await asyncio.gather(*(engine.answer([w]) for w in waiting))
+        return [answer for [answer] in answers]
+
+    replies = asyncio.run(ask())
+    assert isinstance(replies[1], Refusal)
+    assert [r.batch for r in replies if isinstance(r, Reply)] == [3, 3, 3, 2, 2]
+    for n in (0, 2, 5):
+        assert _ids(replies[n]) == _ids(_answer(engine, _call(f"thing {n}"))[0])
+
+
 def test_media_that_no_encoder_can_read_is_refused(engine: Engine) -> None:
     call = ExampleCall(Options(k=1), time.time() + 60, media=b"\x89PNG nonsense", modality="image")
     [refused] = _answer(engine, call)

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from ace_core.config import ServeSettings, Settings
 from serve.client import Client, ServerError
+from serve.gate import Admission
 from serve.http import build_http
 from tests.serving_world import CREDIT, THRESHOLD, WordBackend, WorldItem, draw_corpus, publish
 
@@ -398,6 +399,31 @@ def test_more_searches_than_the_queue_holds_are_refused(store: Path, backend: Wo
     answers = anyio.run(ask)
     assert sorted(status for status, _ in answers) == [200, 200, 429, 429, 429]
     assert max(seconds for status, seconds in answers if status == 429) < 0.4
+
+
+def test_admission_follows_how_fast_searches_leave() -> None:
+    admission = Admission(100, always=4, max_wait_seconds=1.0)
+
+    def rush(seconds: float) -> int:
+        """How many are admitted at once, when ``seconds`` is what each then takes."""
+        admitted = 0
+        while admission.enter():
+            admitted += 1
+        for _ in range(admitted):
+            admission.leave(seconds)
+        return admitted
+
+    assert rush(0.5) == 100  # nothing is known yet
+    for _ in range(50):
+        admission.enter()
+        admission.leave(0.1)
+    assert rush(0.1) in (10, 11)  # a tenth of a second each: ten or eleven wait no longer than one second
+    for _ in range(50):
+        admission.enter()
+        admission.leave(30.0)
+    assert admission.enter() and admission.retry_after() >= 10
+    admission.leave(30.0)
+    assert rush(30.0) == 4  # and never fewer than one batch
 
 
 def test_a_search_past_its_deadline_is_answered_504(store: Path, backend: WordBackend) -> None:
