@@ -296,7 +296,7 @@ def test_a_mixed_corpus_with_bad_files_and_what_changes_later(ray_cluster: None,
     # One file is new, one moved, one changed, one is gone, and one has another caption.
     write_tone(corpus / "audio" / "new.flac", 555)
     (corpus / "images" / "000.png").rename(corpus / "images" / "moved.png")
-    write_picture(corpus / "images" / "001.png", "blue", "frame")
+    write_picture(corpus / "images" / "001.png", "blue", "frame", shift=7)
     (corpus / "images" / "002.png").unlink()
     text = (corpus / "captions.jsonl").read_text()
     (corpus / "captions.jsonl").write_text(text.replace('number 3"', 'number three"'))
