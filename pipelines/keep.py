@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from pyarrow import fs
 from rich.table import Table
 
-from ace_core.manifest import Manifest, PartKind
+from ace_core.manifest import MANIFEST_NAME, Manifest, PartKind
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
+from ace_store.store import folder_of
 from pipelines.progress import Reporter
 
 KINDS: tuple[PartKind, ...] = ("features", "texts", "aligner", "quantizer", "generator", "segment", "snapshot")
@@ -56,7 +58,7 @@ def status_table(store: Store) -> Table:
 
 
 def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta, dry_run: bool) -> list[str]:
-    """Delete parts that no kept snapshot and no stage needs.
+    """Delete parts that no kept snapshot and no stage needs, and what killed runs left behind.
 
     Kept: the current snapshot, the ``keep`` newest ones, all they name, what the next stage would read, and everything
     younger than ``min_age`` (a run may be building on it, or a server still reading it).
@@ -89,9 +91,31 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
     for kind, manifest in doomed:
         if not dry_run:
             store.delete_part(kind, manifest.id)
+    left = _left_behind(store, limit)
+    for name in left:
+        if not dry_run:
+            store.delete(name)
     verb = "would delete" if dry_run else "deleted"
-    reporter.say(f"{verb} {len(doomed)} parts, {freed / 1e6:,.1f} MB")
-    return [f"{kind}/{m.id}" for kind, m in doomed]
+    also = f", and {len(left)} folders that killed runs left behind" if left else ""
+    reporter.say(f"{verb} {len(doomed)} parts, {freed / 1e6:,.1f} MB{also}")
+    return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
+
+
+def _left_behind(store: Store, limit: datetime) -> list[str]:
+    """Checkpoints of fits, folders being built and parts without a manifest in which nothing was written since
+    ``limit``: what a killed run of settings that nobody uses any more would leave for ever."""
+    folders = [f"runs/{i.base_name}" for i in store.listing("runs") if not i.is_file]
+    folders += [i.base_name for i in store.listing("") if i.base_name.startswith(".building-")]
+    for kind in KINDS:
+        for info in store.listing(folder_of(kind)):
+            name = f"{folder_of(kind)}/{info.base_name}"
+            if not info.is_file and not store.exists(f"{name}/{MANIFEST_NAME}"):
+                folders.append(name)
+    return [name for name in folders if all(_written(i) < limit for i in store.listing(name, recursive=True))]
+
+
+def _written(info: fs.FileInfo) -> datetime:
+    return datetime.fromtimestamp(info.mtime.timestamp(), UTC) if info.mtime else datetime.min.replace(tzinfo=UTC)
 
 
 def _born(manifest: Manifest) -> datetime:
