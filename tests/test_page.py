@@ -140,6 +140,19 @@ def test_a_sound_shows_its_waveform_and_plays(site: Site, page: Page) -> None:
     page.wait_for_function("a => a.currentTime > 0 || a.ended", arg=card.locator("audio").element_handle())
 
 
+def test_a_clip_shows_its_middle_and_plays_from_its_beginning(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red&m=video")
+    card = page.locator(".card[data-id='clips/red moves']")
+    clip = card.locator("video").element_handle()
+    page.wait_for_function("v => v.currentTime > 0.3 && !v.seeking", arg=clip)
+    page.evaluate(
+        "v => { window.begun = new Promise(go => v.addEventListener('playing', () => go(v.currentTime))); }", clip
+    )
+    card.get_by_role("button", name="Play a red circle moves to the right").click()
+    assert page.evaluate("window.begun") < 0.3
+    expect(card.get_by_role("button", name="Pause a red circle moves to the right")).to_be_visible()
+
+
 def test_modalities_and_filters_narrow_the_search(site: Site, page: Page) -> None:
     page.goto(f"{site.address}/?q=red")
     expect(page.locator(".card")).to_have_count(20)
