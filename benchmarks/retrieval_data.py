@@ -137,6 +137,7 @@ def text_table(texts: Sequence[str], cache: Path, say: Callable[[str], None] = p
         mask[chosen, :length] = found.mask[:, :length].numpy()
         if i % (100 * _BATCH) == 0:
             say(f"  {i} of {n} captions encoded")
-    for name, array in zip(names, (pooled, hidden, mask)):
-        np.save(name, array)
+    np.save(names[0], pooled)
+    np.save(names[1], hidden)
+    np.save(names[2], mask)
     return TextTable(pooled, hidden, mask)
