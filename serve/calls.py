@@ -22,7 +22,6 @@ class Options:
     modalities: tuple[str, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
     mode: Literal["beam", "one-shot", "verify"] | None = None
-    beam: int | None = None
 
 
 @dataclass(frozen=True)

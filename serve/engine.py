@@ -166,7 +166,7 @@ class Engine:
                 threshold=live.threshold,
                 stages=stages,
                 batch=queries,
-                beam=max(waiting.call.options.beam or self._settings.beam, waiting.call.options.k),
+                beam=max(self._settings.beam, waiting.call.options.k),
             )
         return answers
 
@@ -255,7 +255,6 @@ def _request(options: Options, *, text: str | None = None, vector: np.ndarray | 
         modalities=tuple(Modality(m) for m in options.modalities),
         filters=options.filters,
         mode=options.mode,
-        beam=options.beam,
     )
 
 

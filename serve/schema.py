@@ -12,7 +12,7 @@ MAX_TEXT = 1000
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
 Scalar = str | int | float | bool
-Mode = Literal["beam", "one-shot", "verify"]
+
 
 
 class Strict(BaseModel):
@@ -44,7 +44,7 @@ class SearchOptions(Strict):
         default_factory=dict, max_length=32, description="attribute to value, list of values (any of), or conditions"
     )
     k: int | None = Field(None, ge=1, strict=True, description="results wanted; by default the server's setting")
-    mode: Mode | None = Field(None, description="beam is accurate, one-shot is fast, verify joins them")
+    mode: Mode | None = Field(None, description="all tokens at once, verified by the decoder, or token by token (beam)")
     threshold: float | None = Field(
         None, ge=0, le=1, description="drop hits that score less; also what counts as confident"
     )

@@ -210,7 +210,7 @@ class WordBackend:
         except QueryError as e:
             return Refusal("query", e.found, e.where, e.remedy)
         stages = {"queue": 0.001, "search": 0.002}
-        return Reply(self._state(snapshot), results, THRESHOLD, stages, len(texts), call.options.beam or 20)
+        return Reply(self._state(snapshot), results, THRESHOLD, stages, len(texts), 20)
 
     def _rank(self, snapshot: Snapshot, text: str, call: TextCall | ExampleCall) -> tuple[Found, ...]:
         words = set(text.lower().split()) - {"a"}
