@@ -151,7 +151,9 @@ class SearchSettings(Section):
     """How a query is answered."""
 
     mode: Literal["beam", "one-shot", "verify"] = Field(
-        "beam", description="spell token by token; all tokens at once; or drafted at once and scored exactly"
+        "one-shot",
+        description="all tokens at once (the fastest, and with stored vectors the best); drafted so and scored "
+        "exactly by the decoder (verify); or token by token (beam)",
     )
     beam: int = Field(20, ge=1, le=1000, description="identifiers kept at each level (mode: beam)")
     draft: int = Field(200, ge=1, le=10_000, description="identifiers kept at each level (mode: one-shot, verify)")

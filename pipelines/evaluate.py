@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,6 +24,7 @@ from ace_core.evaluation import Retrieval, exact_ranks, ranks_in, summarise
 from ace_core.features import Features, Pairs
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import fingerprint
+from ace_core.query import Mode
 from ace_core.retriever import Retriever
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
@@ -36,7 +37,7 @@ from pipelines.texts import CaptionFeatures
 DEPTH = 10
 BATCH = 32
 DUAL_TOWER = "dual tower, exact"
-Mode = Literal["beam", "one-shot", "verify"]
+
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ace_core.items import AttributeValue, Modality
+from ace_core.query import Mode
 
 MAX_TEXT = 1000
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
 Scalar = str | int | float | bool
-
 
 
 class Strict(BaseModel):

@@ -29,10 +29,10 @@ def test_relative_folders_become_absolute_once(tmp_path: Path, monkeypatch: pyte
 def test_yaml_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "ace.yaml"
     path.write_text("store: s3://bucket/prefix\nquantizer: {coarse: 32, fine_levels: 2}\n")
-    settings = load_settings(path, ("quantizer.coarse=16", "search.mode=one-shot"))
+    settings = load_settings(path, ("quantizer.coarse=16", "search.mode=beam"))
     assert settings.store == "s3://bucket/prefix"
     assert (settings.quantizer.coarse, settings.quantizer.fine_levels) == (16, 2)
-    assert settings.search.mode == "one-shot"
+    assert settings.search.mode == "beam"
 
 
 def test_empty_file_is_defaults(tmp_path: Path) -> None:

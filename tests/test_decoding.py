@@ -235,12 +235,12 @@ def test_every_search_setting_changes_the_search():
     model = TableModel(sizes)
 
     def search(**changes):
-        return search_candidates(model, queries([1]), [index], settings=SearchSettings(**changes))
+        return search_candidates(model, queries([1]), [index], settings=SearchSettings(**{"mode": "beam", **changes}))
 
     plain = search()
     assert len(leaves(plain, 0)) == 20
     assert len(leaves(search(beam=7), 0)) == 7
-    asked = search_candidates(model, queries([1]), [index], settings=SearchSettings(), beam=7)
+    asked = search_candidates(model, queries([1]), [index], settings=SearchSettings(mode="beam"), beam=7)
     assert leaves(asked, 0) == leaves(search(beam=7), 0)
     assert len(leaves(search(mode="one-shot", draft=50), 0)) == len(leaves(search(mode="verify", draft=50), 0)) == 50
     assert leaves(search(mode="one-shot"), 0) != leaves(search(mode="verify"), 0)
@@ -297,9 +297,7 @@ def test_the_one_allowed_item_of_many_is_found():
     allowed = np.zeros(50_000, bool)
     allowed[31_415] = True
     for scoring in ("vocabulary", "children"):
-        found = beam_search(
-            TableModel(sizes), queries([1]), [index], [ItemMask.of(allowed)], beam=1, scoring=scoring
-        )
+        found = beam_search(TableModel(sizes), queries([1]), [index], [ItemMask.of(allowed)], beam=1, scoring=scoring)
         assert found.row.tolist() == [[31_415]]
         assert found.codes[0, 0].tolist() == ordered[31_415].tolist()
     assert found.log_prob[0, 0] == 0  # one child a level holds the whole probability

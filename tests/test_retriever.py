@@ -35,7 +35,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyStore:
 
 def _open(tiny: TinyStore, snapshot_id: str = "one", **settings) -> Retriever:
     return Retriever.open(
-        tiny.path, snapshot_id, settings=SearchSettings(**{"k": 10, "beam": 300, **settings}), text_encoder=tiny.text
+        tiny.path,
+        snapshot_id,
+        settings=SearchSettings(**{"k": 10, "mode": "beam", "beam": 300, **settings}),
+        text_encoder=tiny.text,
     )
 
 
