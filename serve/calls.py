@@ -1,6 +1,6 @@
 """What the ingress and the decoding replicas say to each other.
 
-Plain frozen values, so that the ingress needs no torch and no model, and an HTTP test needs neither Ray nor weights.
+Plain frozen values, so that the ingress holds no model, and an HTTP test needs neither Ray nor weights.
 A replica never raises for a bad query: it answers a :class:`Refusal`, so that one request cannot fail the others of its
 batch, and no exception has to survive the way between two processes.
 """
