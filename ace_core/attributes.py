@@ -68,7 +68,10 @@ def matching(attributes: pa.StructArray, filters: Mapping[str, FilterValue]) -> 
     keep = np.ones(len(attributes), bool)
     names = {field.name for field in attributes.type}
     for name, wanted in filters.items():
-        column = attributes.field(name) if name in names else pa.nulls(len(attributes), pa.string())
+        if name not in names:
+            keep &= _passes_without(name, wanted)
+            continue
+        column = attributes.field(name)
         try:
             keep &= _matches(name, column, wanted)
         except pa.ArrowException as e:
@@ -80,22 +83,35 @@ def matching(attributes: pa.StructArray, filters: Mapping[str, FilterValue]) -> 
     return keep
 
 
+def _passes_without(name: str, wanted: FilterValue) -> bool:
+    """Whether an item that lacks the attribute passes."""
+    if not isinstance(wanted, Mapping):
+        return False
+    _check_operators(name, wanted)
+    return bool(wanted) and all(operator == "exists" and not value for operator, value in wanted.items())
+
+
+def _check_operators(name: str, wanted: Mapping[str, Any]) -> None:
+    for operator in wanted:
+        if operator not in (*_COMPARE, "not", "exists"):
+            raise QueryError(
+                f"unknown operator {operator!r}",
+                where=f"filters.{name}",
+                remedy="Use a value, a list of values, or gte, gt, lte, lt, not, exists.",
+            )
+
+
 def _matches(name: str, column: pa.Array, wanted: FilterValue) -> np.ndarray:
     if isinstance(wanted, Mapping):
+        _check_operators(name, wanted)
         keep = np.ones(len(column), bool)
         for operator, value in wanted.items():
             if operator in _COMPARE:
                 keep &= _dense(_COMPARE[operator](column, pa.scalar(value)))
             elif operator == "not":
                 keep &= _dense(pc.is_valid(column)) & ~_dense(pc.is_in(column, value_set=_value_set(column, value)))
-            elif operator == "exists":
-                keep &= _dense(pc.is_valid(column)) == bool(value)
             else:
-                raise QueryError(
-                    f"unknown operator {operator!r}",
-                    where=f"filters.{name}",
-                    remedy="Use a value, a list of values, or gte, gt, lte, lt, not, exists.",
-                )
+                keep &= _dense(pc.is_valid(column)) == bool(value)
         return keep
     return _dense(pc.is_in(column, value_set=_value_set(column, wanted)))
 

@@ -32,6 +32,7 @@ from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
 from ace_core.space import unit_query
+from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk
 
 RANKING_NAME = "ranking.json"
@@ -54,10 +55,12 @@ class Retriever:
         generator: Generator,
         ranker: Ranker,
         settings: SearchSettings,
+        limits: LimitSettings,
         device: str,
     ) -> None:
         self.snapshot = snapshot
         self.settings = settings
+        self._limits = limits
         self.device = device
         self._text_encoder = text_encoder
         self._aligner = aligner.to(device).eval()
@@ -66,7 +69,8 @@ class Retriever:
         self._ranker = ranker
         self._media_encoders: dict[Modality, MediaEncoder] = {}
         self._galleries = [segment.gallery for segment in snapshot.segments]
-        self._walk = Walk([gallery.index for gallery in self._galleries])
+        indexes = [gallery.index for gallery in self._galleries]
+        self._walk = Walk(indexes) if device == "cpu" else TensorWalk(indexes, device)
         self._masks: OrderedDict[str, list[ItemMask | None]] = OrderedDict()
 
     @classmethod
@@ -76,6 +80,7 @@ class Retriever:
         snapshot_id: str | None = None,
         *,
         settings: SearchSettings | None = None,
+        limits: LimitSettings | None = None,
         device: str = "cpu",
         verify: bool = True,
         text_encoder: TextEncoder | None = None,
@@ -83,6 +88,7 @@ class Retriever:
         """Open a local store's snapshot (by default the current one) with its models.
 
         Args:
+            limits: what a file that is searched by may cost.
             verify: check every file's SHA-256 before use.
             text_encoder: a loaded encoder to reuse when a snapshot replaces another.
 
@@ -104,6 +110,7 @@ class Retriever:
             generator=Generator.load(generator_folder),
             ranker=Ranker.load(generator_folder / RANKING_NAME),
             settings=settings or SearchSettings(),
+            limits=limits or LimitSettings(),
             device=device,
         )
 
@@ -212,7 +219,7 @@ class Retriever:
                     remedy="Search by a file of a modality that the corpus holds.",
                 )
             settings = self.snapshot.manifest.encoders.media(modality)
-            encoder = load_media_encoder(modality, settings, LimitSettings(), self.device)
+            encoder = load_media_encoder(modality, settings, self._limits, self.device)
             _same_encoder(modality, encoder.identity, wanted, self.snapshot)
             self._media_encoders[modality] = encoder
         return self._media_encoders[modality]

@@ -126,7 +126,7 @@ def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
         ray_actor_options={"num_cpus": 0.5},
         graceful_shutdown_timeout_s=10,
     )(Ingress)
-    return ingress.bind(settings, searcher.bind(settings.store, settings.search, device, chosen.threads))
+    return ingress.bind(settings, searcher.bind(settings, device))
 
 
 def _scaling(chosen: ServeSettings) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ace_core.config import SearchSettings
+from ace_core.config import LimitSettings, SearchSettings
 from ace_core.errors import AceError, MediaError, ModelError, QueryError, StoreError
 from ace_core.items import Modality
 from ace_core.query import Hit, SearchRequest
@@ -65,7 +65,16 @@ class Engine:
         max_batch: queries that are decoded together; may be changed at any time.
     """
 
-    def __init__(self, store: str, *, replica: str, settings: SearchSettings, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        store: str,
+        *,
+        replica: str,
+        settings: SearchSettings,
+        device: str,
+        threads: int,
+        limits: LimitSettings | None = None,
+    ) -> None:
         """Open the current snapshot.
 
         Raises:
@@ -75,6 +84,7 @@ class Engine:
         torch.set_num_threads(threads)
         self._store = Store.open(store)
         self._settings = settings
+        self._limits = limits
         self._device = device
         self._replica = replica
         self._refused: str | None = None
@@ -237,6 +247,7 @@ class Engine:
             self._store.mirror(snapshot_id),
             snapshot_id,
             settings=self._settings,
+            limits=self._limits,
             device=self._device,
             text_encoder=before.text_encoder if before else None,
         )

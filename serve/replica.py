@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from ace_core.config import SearchSettings
+from ace_core.config import Settings
 from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
 from serve.engine import Engine, Waiting
 
@@ -30,9 +30,15 @@ class LightSettings(BaseModel):
 class Searcher:
     """Holds one snapshot and answers batches of calls from it."""
 
-    def __init__(self, store: str, search: SearchSettings, device: str, threads: int) -> None:
-        name = serve.get_replica_context().replica_id.unique_id
-        self._engine = Engine(store, replica=name, settings=search, device=device, threads=threads)
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._engine = Engine(
+            settings.store,
+            replica=serve.get_replica_context().replica_id.unique_id,
+            settings=settings.search,
+            limits=settings.limits,
+            device=device,
+            threads=settings.serve.threads,
+        )
         self._light = LightSettings()
         self._watching: asyncio.Task[None] | None = None
 

@@ -45,6 +45,8 @@ def test_types_survive(column: pa.StructArray) -> None:
         ({"mixed": 1}, [0]),
         ({"absent": "x"}, []),
         ({"absent": {"exists": False}}, [0, 1, 2, 3]),
+        ({"absent": {"gte": 3}}, []),
+        ({"absent": {"not": "x"}}, []),
         ({"colour": []}, []),
     ],
 )
@@ -55,6 +57,8 @@ def test_filters(column: pa.StructArray, filters: dict, rows: list[int]) -> None
 def test_bad_filters_say_why(column: pa.StructArray) -> None:
     with pytest.raises(QueryError, match="unknown operator 'like'"):
         matching(column, {"colour": {"like": "r%"}})
+    with pytest.raises(QueryError, match="unknown operator 'like'"):
+        matching(column, {"absent": {"like": "r%"}})
     with pytest.raises(QueryError, match="cannot be compared"):
         matching(column, {"size": {"gte": "large"}})
     with pytest.raises(QueryError, match="cannot be compared"):

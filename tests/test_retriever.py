@@ -85,6 +85,19 @@ def test_two_segments_answer_as_one(tiny: TinyStore) -> None:
         assert {h.item_id for h in a} == {h.item_id for h in b}
 
 
+@pytest.mark.parametrize("mode", ["beam", "one-shot", "verify"])
+def test_the_accelerators_walk_answers_the_same(tiny: TinyStore, mode: str) -> None:
+    settings = SearchSettings(k=10, mode=mode, beam=30, draft=400)  # type: ignore[arg-type]
+    plain = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text)
+    tensors = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text, device="cpu:0")
+    assert type(plain._walk) is not type(tensors._walk)
+    for filters in ({}, {"parity": "odd"}, {"number": 123}, {"nothing": 1}):
+        for a, b in zip(plain.search(TEXTS, filters=filters), tensors.search(TEXTS, filters=filters)):
+            assert len(a) == len(b) == {"number": 1, "nothing": 0}.get("".join(filters), 10)
+            np.testing.assert_allclose([_score(h) for h in a], [_score(h) for h in b], atol=1e-3)
+            assert {h.item_id for h in a} == {h.item_id for h in b}
+
+
 def test_a_batch_of_different_requests_equals_each_alone(tiny: TinyStore) -> None:
     retriever = _open(tiny)
     vector = retriever.item_vector("item-0007")
