@@ -186,9 +186,7 @@ def search_candidates(
     """Search in the mode, and with the widths, of ``settings``; ``beam`` takes the place of ``settings.beam``."""
     beam = beam or settings.beam
     if settings.mode == "beam":
-        return beam_search(
-            model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish
-        )
+        return beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish)
     search = one_shot_search if settings.mode == "one-shot" else verified_search
     return search(model, query, segments, masks, draft=max(settings.draft, beam))
 
@@ -302,9 +300,7 @@ def _numpy(log_probs: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(log_probs.detach().cpu().numpy())
 
 
-def _candidates(
-    walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int
-) -> Candidates:
+def _candidates(walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int) -> Candidates:
     """Items of complete rows; an empty table where the walk ended early because nothing is left."""
     walk = walk.host if isinstance(walk, TensorWalk) else walk
     queries = len(rows.live)

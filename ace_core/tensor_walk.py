@@ -118,12 +118,14 @@ class TensorWalk:
         distinct: dict[tuple[int, ...], int] = {}
         of_query = [distinct.setdefault(tuple(id(m) for m in row), len(distinct)) for row in rows]
         chosen = [rows[of_query.index(number)] for number in range(len(distinct))]
-        allowed = np.stack([
-            np.concatenate([
-                np.ones(s.items, bool) if m is None else m.to_bool() for m, s in zip(row, self.host.segments)
-            ])
-            for row in chosen
-        ])
+        allowed = np.stack(
+            [
+                np.concatenate(
+                    [np.ones(s.items, bool) if m is None else m.to_bool() for m, s in zip(row, self.host.segments)]
+                )
+                for row in chosen
+            ]
+        )
         merged = [ItemMask.of(row) for row in allowed]
         of_query = of_query * queries if len(of_query) == 1 else of_query
         return TensorMasks(

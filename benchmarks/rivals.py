@@ -45,6 +45,7 @@ def prefix_function_step(trie: DictTrie, beam: int) -> Callable[..., tuple[torch
     Returns:
         step(prefixes (n * B, l) int64, scores (n, B), log_probs (n, B, V)) -> top (n, beam) scores and flat indices.
     """
+
     def step(prefixes: torch.Tensor, scores: torch.Tensor, log_probs: torch.Tensor):
         n, rows, vocabulary = log_probs.shape
         processor = PrefixConstrainedLogitsProcessor(lambda _, sent: trie.children(sent.tolist()), rows)

@@ -27,4 +27,3 @@ def test_a_token_outside_its_level_is_refused_by_name():
 def test_another_shape_or_type_is_refused(codes):
     with pytest.raises(StoreError, match="expected uint16"):
         check_identifiers(codes, (3, 8))
-
