@@ -8,6 +8,9 @@ Arrays of the index are passed as addresses, so one compilation serves any numbe
 32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 10 s once a machine (``cache=True``
 keeps it on disk). The kernels are serial and release the GIL: threads that search at the same time share nothing but
 the read-only index (numba's own thread pool is not used; its default layer is not thread-safe).
+
+They stay in one file although it is long: numba's cache notices a change only in the file of the function that is
+called, so kernels that call helpers of another module would go on running their old code.
 """
 
 from __future__ import annotations
