@@ -36,12 +36,18 @@ killed = []
 def kill() -> None:
     while len(list(Path(settings.store).glob("features/*/shards/*.json"))) < 3:
         time.sleep(0.02)
-    cluster.remove_node(doomed, allow_graceful=False)
     killed.append(len(list(Path(settings.store).glob("features/*/shards/*.json"))))
+    cluster.remove_node(doomed, allow_graceful=False)
 
-threading.Thread(target=kill, daemon=True).start()
+killer = threading.Thread(target=kill, daemon=True)
+killer.start()
 manifest = ingest(settings, Store.open(settings.store), Reporter(quiet=True))
-alive = sum(node["Alive"] for node in ray.nodes())
+killer.join(60)
+for _ in range(300):  # the head notices a lost node after a while
+    alive = sum(node["Alive"] for node in ray.nodes())
+    if alive == 2:
+        break
+    time.sleep(0.1)
 print(json.dumps({"id": manifest.id, "killed_after": killed, "alive": alive, "metrics": manifest.metrics}))
 ray.shutdown()
 cluster.shutdown()
