@@ -55,6 +55,7 @@ cluster.shutdown()
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # chaos: how long Ray takes to notice depends on the machine
 @pytest.mark.timeout(300)
 def test_a_node_is_killed_while_media_are_encoded(tmp_path: Path) -> None:
     for i in range(160):
