@@ -289,9 +289,8 @@ def test_a_mixed_corpus_with_bad_files_and_what_changes_later(ray_cluster: None,
         np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float32), axis=1), 1, atol=5e-3)
     assert read_errors(folder).column("uri").to_pylist() == ["images/junk.png", "video/cut.mp4"]
 
-    before = time.monotonic()
     again, _ = _ingest(settings)
-    assert again["id"] == metrics["id"] and time.monotonic() - before < 15
+    assert again["id"] == metrics["id"]
 
     # One file is new, one moved, one changed, one is gone, and one has another caption.
     write_tone(corpus / "audio" / "new.flac", 555)

@@ -89,13 +89,13 @@ def test_a_dead_idle_child_is_noticed() -> None:
 
 def test_a_hang_ends_at_the_limit() -> None:
     """Hours of sound at a high rate take longer than the limit: a decoder busy in C code is ended all the same."""
-    isolated = IsolatedDecoder(AudioDecoder(LimitSettings(decode_seconds=0.7, max_seconds=1e9), 192_000))
+    isolated = IsolatedDecoder(AudioDecoder(LimitSettings(decode_seconds=2.0, max_seconds=1e9), 192_000))
     isolated(wav(0.1))
     began = time.monotonic()
     with pytest.raises(MediaError) as error:
         isolated(wav(1200.0))
     assert error.value.cause == Cause.TIMEOUT and "decode_seconds" in str(error.value)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert len(isolated(wav(0.1))) > 0
 
 

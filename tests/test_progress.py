@@ -65,7 +65,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
             step.advance(1)
     lines = out.getvalue().splitlines()
     assert 2 <= len(lines) <= 7 and all(line.startswith("encode: ") for line in lines)
-    assert re.search(r"4/4 items.* took 0 s$", lines[-1])
+    assert re.search(r"4/4 items.* took \d s$", lines[-1])
     assert "\x1b" not in out.getvalue()
 
 
@@ -75,7 +75,7 @@ def test_a_terminal_gets_a_bar_that_leaves_one_line() -> None:
         step.advance(2, "1 bad files")
         time.sleep(0.4)
     assert "\x1b" in out.getvalue() and "2/2 items" in out.getvalue()
-    assert out.getvalue().rstrip().endswith("took 0 s")
+    assert re.search(r"took \d s$", out.getvalue().rstrip())
 
 
 def test_a_failed_step_says_nothing_of_success() -> None:

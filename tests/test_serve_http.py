@@ -376,29 +376,26 @@ def test_full_queues_answer_429_at_once(store: Path, backend: WordBackend) -> No
 def test_more_searches_than_the_queue_holds_are_refused(store: Path, backend: WordBackend, path: str) -> None:
     import anyio
 
-    backend.delay = 0.5
+    backend.delay = 1.5
     app = build_http(_settings(store, max_queued=2), backend)
     body = {"text": "red"} if path == "/v1/search" else {"item_id": "red-circle"}
 
-    async def ask() -> list[tuple[int, float]]:
+    async def ask() -> list[int]:
         transport = httpx.ASGITransport(app=app)
-        answers: list[tuple[int, float]] = []
+        answers: list[int] = []
 
         async def one(client: httpx.AsyncClient) -> None:
-            started = time.monotonic()
-            answer = await client.post(path, json=body)
-            answers.append((answer.status_code, time.monotonic() - started))
+            answers.append((await client.post(path, json=body)).status_code)
 
         async with httpx.AsyncClient(transport=transport, base_url="http://ace") as client:
             async with anyio.create_task_group() as group:
                 for _ in range(5):
                     group.start_soon(one, client)
+            backend.delay = 0.0
             assert (await client.post(path, json=body)).status_code == 200  # and the places are free again
         return answers
 
-    answers = anyio.run(ask)
-    assert sorted(status for status, _ in answers) == [200, 200, 429, 429, 429]
-    assert max(seconds for status, seconds in answers if status == 429) < 0.4
+    assert anyio.run(ask) == [429, 429, 429, 200, 200]  # refused at once, while the others are still searched
 
 
 def test_admission_follows_how_fast_searches_leave() -> None:
@@ -431,7 +428,7 @@ def test_a_search_past_its_deadline_is_answered_504(store: Path, backend: WordBa
     with _client(_settings(store, request_seconds=0.2), backend) as http:
         started = time.monotonic()
         _problem(http.post("/v1/search", json={"text": "red"}), 504)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < backend.delay
 
 
 def test_lost_replicas_and_bugs_are_problems_without_details(http: TestClient, backend: WordBackend) -> None:
