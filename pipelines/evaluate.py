@@ -160,7 +160,7 @@ def measure(
     features = corpus.features
     rows_by_id = {item_id: row for row, item_id in enumerate(features.items.column("item_id").to_pylist())}
     live = pc.is_in(features.items.column("item_id"), value_set=live_ids(retriever.snapshot)).to_numpy()
-    items = _tower_items(aligner, features)
+    items = tower_items(aligner, features)
     lines: list[Line] = []
     present = [m for m in MODALITIES if m in features.embeddings]
     galleries: list[Modality | None] = [None, *present] if len(present) > 1 else [None]
@@ -189,7 +189,7 @@ def measure(
     return lines
 
 
-def _tower_items(aligner: Aligner, features: Features) -> np.ndarray:
+def tower_items(aligner: Aligner, features: Features) -> np.ndarray:
     """The rival's item vectors (N, D - 1): the plain heads, on the same features."""
     with torch.inference_mode():
         parts = [
