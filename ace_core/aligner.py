@@ -135,8 +135,8 @@ class Aligner(nn.Module):
             x = F.normalize((1 - weight) * x + weight * F.normalize(memory, dim=-1), dim=-1)
         popularity = self.offset * captioned
         if len(self.bank) and self.settings.popularity:
-            nearest = (x @ self.bank.float().T).topk(max(1, len(self.bank) // _BANK_SHARE), dim=1).values
-            popularity = popularity + self.settings.popularity * nearest.mean(1) - self.centre
+            nearest = mean_of_largest(x @ self.bank.float().T, max(1, len(self.bank) // _BANK_SHARE))
+            popularity = popularity + self.settings.popularity * nearest - self.centre
         return torch.cat((x, -popularity[:, None]), 1)
 
     @torch.inference_mode()
@@ -203,6 +203,15 @@ class Aligner(nn.Module):
         except (OSError, KeyError, ValueError, RuntimeError) as e:
             raise StoreError(f"cannot read the aligner ({e})", where=folder, remedy="Fit the aligner again.") from None
         return aligner.eval()
+
+
+def mean_of_largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """(n, m) -> (n,) mean of each row's ``count`` largest values. On a CPU NumPy's partition takes a third of the time
+    of a top-k, which would also sort them."""
+    if values.device.type != "cpu" or values.requires_grad:
+        return values.topk(count, dim=1).values.mean(1)
+    m = values.shape[1]
+    return torch.from_numpy(np.partition(values.numpy(), m - count, axis=1)[:, m - count :].mean(1))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import json as pa_json
 
 from ace_core.errors import QueryError
 
@@ -20,29 +21,89 @@ _COMPARE = {"gte": pc.greater_equal, "gt": pc.greater, "lte": pc.less_equal, "lt
 _MAX_FACET_VALUES = 50
 
 
-def typed_attributes(rows: Sequence[str | Mapping[str, Any]]) -> pa.StructArray:
+def attribute_types(rows: pa.Array) -> dict[str, pa.DataType]:
+    """The type of each attribute of n items, given as JSON text: bool, int64 or float64 when all its values are, null
+    when it has none; everything else (mixed values, lists, nested values) is text."""
+    found = _read(rows.unique(), None)
+    if found is not None and not any(pa.types.is_nested(t) for t in found.schema.types):
+        # Arrow takes texts that look like dates for dates.
+        plain = (pa.types.is_boolean, pa.types.is_int64, pa.types.is_float64, pa.types.is_null)
+        return {f.name: f.type if any(is_(f.type) for is_ in plain) else pa.string() for f in found.schema}
+    types: dict[str, pa.DataType] = {}
+    for text in rows.unique().to_pylist():
+        types = common_types(types, {name: _type(value) for name, value in json.loads(text).items()})
+    return types
+
+
+def common_types(some: Mapping[str, pa.DataType], others: Mapping[str, pa.DataType]) -> dict[str, pa.DataType]:
+    """The types of attributes that two groups of items can share: text where nothing else holds both."""
+    return {name: _common(some.get(name, pa.null()), others.get(name, pa.null())) for name in {**some, **others}}
+
+
+def typed_attributes(
+    rows: Sequence[str | Mapping[str, Any]] | pa.Array, types: Mapping[str, pa.DataType] | None = None
+) -> pa.StructArray:
     """One struct column from the attributes of n items, each given as a mapping or as JSON text.
 
-    A field is bool, int64 or float64 when all its values are; everything else (mixed values, lists, nested values)
-    becomes text, so that a filter always compares like with like.
+    Every field has one type (:func:`attribute_types`), so that a filter always compares like with like.
+
+    Args:
+        types: of all attributes, where more items than these share the column; by default as these items have them.
     """
-    parsed = [json.loads(row) if isinstance(row, str) else row for row in rows]
-    names = sorted({name for row in parsed for name in row})
-    columns = [_typed_column([row.get(name) for row in parsed]) for name in names]
-    if not names:
-        return pa.array([{}] * len(parsed), pa.struct([]))
-    return pa.StructArray.from_arrays(columns, names)
+    if not isinstance(rows, pa.Array):
+        rows = pa.array([row if isinstance(row, str) else json.dumps(row) for row in rows], pa.string())
+    types = attribute_types(rows) if types is None else types
+    kinds = {name: pa.string() if pa.types.is_null(types[name]) else types[name] for name in sorted(types)}
+    if not kinds:
+        return pa.array([{}] * len(rows), pa.struct([]))
+    # Many items have the same attributes: each text is parsed once.
+    encoded = rows.dictionary_encode()
+    table = _read(encoded.dictionary, pa.schema(list(kinds.items())))
+    if table is None:
+        parsed = [json.loads(text) for text in encoded.dictionary.to_pylist()]
+        columns = [_typed_column([row.get(name) for row in parsed], kind) for name, kind in kinds.items()]
+    else:
+        columns = [table.column(name).combine_chunks() for name in kinds]
+    return pa.StructArray.from_arrays(columns, list(kinds)).take(encoded.indices)
 
 
-def _typed_column(values: list[Any]) -> pa.Array:
-    kinds = {type(v) for v in values if v is not None}
-    if kinds == {bool}:
-        return pa.array(values, pa.bool_())
-    if kinds == {int}:
-        return pa.array(values, pa.int64())
-    if kinds and kinds <= {int, float}:
-        return pa.array([None if v is None else float(v) for v in values], pa.float64())
-    return pa.array([_text(v) for v in values], pa.string())
+def _read(texts: pa.Array, schema: pa.Schema | None) -> pa.Table | None:
+    """JSON objects as a table; None where Arrow cannot (mixed types), or would read something else than Python."""
+    data = "\n".join(texts.to_pylist()).encode()
+    try:
+        table = pa_json.read_json(
+            pa.BufferReader(data),
+            pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            pa_json.ParseOptions(explicit_schema=schema),
+        )
+    except pa.ArrowException:
+        return None
+    return table if table.num_rows == len(texts) else None
+
+
+def _type(value: Any) -> pa.DataType:
+    if value is None:
+        return pa.null()
+    if isinstance(value, bool):
+        return pa.bool_()
+    if isinstance(value, int):
+        return pa.int64() if -(2**63) <= value < 2**63 else pa.float64()
+    return pa.float64() if isinstance(value, float) else pa.string()
+
+
+def _common(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    if a.equals(b) or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    numbers = (pa.int64(), pa.float64())
+    return pa.float64() if a in numbers and b in numbers else pa.string()
+
+
+def _typed_column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind):
+        return pa.array([_text(v) for v in values], kind)
+    return pa.array([None if v is None else kind.to_pandas_dtype()(v) for v in values], kind)
 
 
 def _text(value: Any) -> str | None:

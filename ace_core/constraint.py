@@ -95,6 +95,12 @@ class ConstraintIndex:
             low, high = pointers[low], pointers[high]
         return low, high
 
+    def spelled(self, level: int) -> np.ndarray:
+        """(items,) token of every item at a level, as the walk from the root to the item passes it."""
+        nodes = np.arange(len(self.tokens[level]) + 1)
+        starts, _ = self.items_of(level, nodes, nodes)
+        return np.repeat(self.tokens[level], np.diff(starts))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         arrays = {f"tokens_{level}": a for level, a in enumerate(self.tokens)}

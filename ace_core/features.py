@@ -8,9 +8,6 @@ own ``fixed_shape_tensor`` type, which any Arrow reader knows.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from ace_core.attributes import typed_attributes
 from ace_core.config import SplitSettings
 from ace_core.errors import StoreError
 from ace_core.items import MODALITIES, Modality
@@ -194,35 +192,99 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     Args:
         items: n rows with columns ``item_id``, ``captions`` and ``attributes``.
     """
-    captions = [c or [] for c in items.column("captions").to_pylist()]
-    names = [json.loads(a or "{}").get(settings.attribute) for a in items.column("attributes").to_pylist()]
-    if all(name is None for name in names):
-        names = _hashed_split(items.column("item_id").to_pylist(), captions, settings)
-    held_out = np.array([name in settings.held_out for name in names], bool)
-    validation = held_out & np.array([name == settings.validation for name in names], bool)
-    uses = Counter(text for texts in captions for text in set(texts))
-    train: list[tuple[int, str]] = []
-    seen: list[tuple[int, str]] = []
-    for row in np.flatnonzero(~held_out).tolist():
-        texts = captions[row]
-        if settings.keep_one_caption and len(texts) > 1 and uses[texts[-1]] == 1:
-            seen.append((row, texts[-1]))
-            texts = [t for t in texts[:-1] if t != texts[-1]]
-        train.extend((row, text) for text in texts)
-    test = [(row, t) for row in np.flatnonzero(held_out & ~validation).tolist() for t in captions[row] if uses[t] == 1]
-    val = [(row, t) for row in np.flatnonzero(validation).tolist() for t in captions[row] if uses[t] == 1]
-    return Split(~held_out, held_out, _pairs(train), _pairs(seen), _pairs(test), _pairs(val))
+    captions = _Captions.of(items)
+    held_out, validation = _held_out(items, captions, settings)
+    kept, trained = captions.kept_and_trained(held_out, settings)
+    asked = held_out[captions.rows] & captions.unique
+    to_validate = validation[captions.rows]
+    return Split(
+        ~held_out,
+        held_out,
+        captions.pairs(trained),
+        captions.pairs(kept),
+        captions.pairs(asked & ~to_validate),
+        captions.pairs(asked & to_validate),
+    )
 
 
-def _hashed_split(ids: Sequence[str], captions: Sequence[Sequence[str]], settings: SplitSettings) -> list[str | None]:
+def training_captions(items: pa.Table, settings: SplitSettings) -> tuple[np.ndarray, pa.Array]:
+    """``split_of(items, settings).train_pairs`` as rows (p,) int64 and an Arrow column of p texts: what ten million
+    captions fit in."""
+    captions = _Captions.of(items)
+    held_out, _ = _held_out(items, captions, settings)
+    _, trained = captions.kept_and_trained(held_out, settings)
+    return captions.rows[trained], captions.texts.filter(pa.array(trained))
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """All c captions of n items, in order.
+
+    Attributes:
+        texts: (c,) large strings.
+        rows: (c,) int64, each caption's item.
+        code: (c,) equal for equal texts.
+        counts: (n,) captions of each item.
+        unique: (c,) bool, no other item has this caption.
+    """
+
+    texts: pa.Array
+    rows: np.ndarray
+    code: np.ndarray
+    counts: np.ndarray
+    unique: np.ndarray
+
+    @classmethod
+    def of(cls, items: pa.Table) -> _Captions:
+        column = items.column("captions")
+        counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+        texts = pc.list_flatten(column).cast(pa.large_string())
+        texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+        rows = np.repeat(np.arange(len(counts)), counts)
+        encoded = texts.dictionary_encode()
+        code = encoded.indices.to_numpy().astype(np.int64)
+        of_items = np.unique(code * max(1, len(counts)) + rows) // max(1, len(counts))
+        uses = np.bincount(of_items, minlength=len(encoded.dictionary))
+        return cls(texts, rows, code, counts, uses[code] == 1)
+
+    def kept_and_trained(self, held_out: np.ndarray, settings: SplitSettings) -> tuple[np.ndarray, np.ndarray]:
+        """(c,) bool each: captions of trained items kept out as queries, and captions to train on."""
+        last = np.cumsum(self.counts)[self.rows] - 1  # each item's last caption
+        mine = ~held_out[self.rows]
+        keeps = mine & (self.counts[self.rows] > 1) & self.unique[last] & settings.keep_one_caption
+        kept = keeps & (last == np.arange(len(last)))
+        return kept, mine & ~(keeps & (self.code == self.code[last]))
+
+    def pairs(self, chosen: np.ndarray) -> Pairs:
+        return Pairs(self.rows[chosen], self.texts.filter(pa.array(chosen)).to_pylist())
+
+
+def _held_out(items: pa.Table, captions: _Captions, settings: SplitSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool each: items whose captions are not trained on, and those of them that validate."""
+    names = [_names(chunk, settings.attribute) for chunk in items.column("attributes").chunks]
+    column = pa.chunked_array(names, pa.string())
+    if column.null_count == len(column):
+        return _hashed_split(items.column("item_id"), captions.counts > 0, settings)
+    held_out = pc.is_in(column, value_set=pa.array(settings.held_out, pa.string())).to_numpy()
+    return held_out, held_out & pc.fill_null(pc.equal(column, settings.validation), False).to_numpy()
+
+
+def _names(attributes: pa.Array, name: str) -> pa.Array:
+    """One attribute of n items as text; null where an item has none."""
+    found = typed_attributes(attributes)
+    at = found.type.get_field_index(name)
+    return pa.nulls(len(found), pa.string()) if at < 0 else found.field(at).cast(pa.string())
+
+
+def _hashed_split(
+    ids: pa.ChunkedArray, captioned: np.ndarray, settings: SplitSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    held_out, validation = np.zeros(len(captioned), bool), np.zeros(len(captioned), bool)
     others = [name for name in settings.held_out if name != settings.validation] or [settings.validation]
-    out: list[str | None] = []
-    for item_id, texts in zip(ids, captions):
+    rows = np.flatnonzero(captioned)
+    for row, item_id in zip(rows.tolist(), ids.take(pa.array(rows)).to_pylist()):
         number = int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "big")
-        held = bool(texts) and (number >> 1) / 2**63 < settings.fraction
-        out.append(None if not held else settings.validation if number & 1 else others[0])
-    return out
-
-
-def _pairs(found: list[tuple[int, str]]) -> Pairs:
-    return Pairs(np.array([row for row, _ in found], np.int64), [text for _, text in found])
+        name = settings.validation if number & 1 else others[0]
+        held_out[row] = (number >> 1) / 2**63 < settings.fraction and name in settings.held_out
+        validation[row] = held_out[row] and name == settings.validation
+    return held_out, validation

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
-from ace_core.attributes import FilterValue, matching
+from ace_core.attributes import FilterValue
 from ace_core.config import LimitSettings, SearchSettings
 from ace_core.decoding import Candidates, search_candidates
 from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, load_text_encoder
@@ -260,7 +260,7 @@ class Retriever:
             if request.modalities:
                 allowed &= np.isin(segment.gallery.codes[:, 0], [m.token for m in request.modalities])
             if request.filters:
-                allowed &= matching(segment.attributes, request.filters)
+                allowed &= segment.matching(request.filters)
             masks.append(None if allowed.all() else ItemMask.of(allowed))
         self._masks[key] = masks
         if len(self._masks) > _MASK_CACHE:

@@ -5,7 +5,7 @@ merges. Its folder holds
 
 - ``identifiers.safetensors``: ``codes`` uint16 (items, levels), sorted lexicographically
 - ``constraint.safetensors``: the constraint index over them
-- ``items.arrow``: what is known of each item, in the same order, memory-mapped
+- ``items.arrow``: what is known of each item, in the same order, memory-mapped, in runs of some 100,000 items
 - ``vectors.safetensors`` (optional): ``vectors`` int8 (items, D) and ``scales`` float32 (items,)
 - ``manifest.json``
 """
@@ -13,7 +13,7 @@ merges. Its folder holds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ace_core.arrays import map_arrays, save_arrays
-from ace_core.attributes import typed_attributes
+from ace_core.arrays import map_arrays
+from ace_core.attributes import FilterValue, matching
 from ace_core.constraint import ConstraintIndex
 from ace_core.errors import StoreError
-from ace_core.identifiers import sort_order
 from ace_core.items import AttributeValue, Modality
-from ace_core.manifest import Manifest, hash_folder, read_manifest, verify_files, write_manifest
+from ace_core.manifest import Manifest, read_manifest, verify_files
 from ace_core.scoring import Gallery, StoredVectors
 
 ITEM_COLUMNS = (
@@ -60,55 +59,6 @@ class StoredItem:
     identifier: tuple[int, ...]
 
 
-def write_segment(
-    folder: Path,
-    *,
-    segment_id: str,
-    codes: np.ndarray,
-    vocab_sizes: tuple[int, ...],
-    items: pa.Table,
-    corpus_root: str,
-    inputs: dict[str, str],
-    vectors: np.ndarray | None = None,
-    metrics: dict[str, Any] | None = None,
-) -> Manifest:
-    """Sort items by identifier and write them as a segment; the manifest comes last.
-
-    Args:
-        folder: empty folder to write to.
-        codes: (n, levels) identifiers.
-        vocab_sizes: tokens of each level, the modality's first.
-        items: n rows, columns of :data:`ITEM_COLUMNS` and ``attributes`` (JSON text).
-        corpus_root: absolute folder (or URI) that relative ``uri`` values belong to.
-        inputs: ids of the features, aligner, quantizer and generator this was made from.
-        vectors: (n, D) aligned embeddings, to be stored as 8-bit vectors; None stores none.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    order = sort_order(codes, vocab_sizes)
-    codes = np.ascontiguousarray(codes[order], dtype=np.uint16)
-    save_arrays(folder / "identifiers.safetensors", {"codes": codes})
-    ConstraintIndex.build(codes, vocab_sizes).save(folder / "constraint.safetensors")
-    if vectors is not None:
-        stored = StoredVectors.of(vectors[order])
-        save_arrays(folder / "vectors.safetensors", {"vectors": stored.vectors, "scales": stored.scales})
-    rows = items.take(pa.array(order))
-    attributes = typed_attributes(rows.column("attributes").to_pylist())
-    table = rows.select(ITEM_COLUMNS).append_column("attributes", attributes)
-    table = table.append_column("version", item_versions(rows)).combine_chunks()
-    with pa.OSFile(str(folder / "items.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    manifest = Manifest(
-        kind="segment",
-        id=segment_id,
-        inputs=inputs,
-        settings={"corpus_root": corpus_root, "vocab_sizes": list(vocab_sizes)},
-        metrics={"items": len(codes), **(metrics or {})},
-        files=hash_folder(folder),
-    )
-    write_manifest(folder, manifest)
-    return manifest
-
-
 class Segment:
     """A segment opened for reading: memory-mapped, so that opening costs no memory and little time."""
 
@@ -130,6 +80,7 @@ class Segment:
             stored=None if vectors is None else StoredVectors(vectors["vectors"], vectors["scales"]),
         )
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / "items.arrow"))).read_all()
+        self._batches: list[pa.RecordBatch] = self.items.to_batches()
         self.corpus_root: str = self.manifest.settings["corpus_root"]
         if not len(self.gallery.codes) == self.items.num_rows == self.gallery.index.items:
             raise StoreError(
@@ -142,11 +93,15 @@ class Segment:
     def __len__(self) -> int:
         return len(self.gallery.codes)
 
-    @cached_property
-    def attributes(self) -> pa.StructArray:
-        """(items,) struct column of typed attributes."""
-        column = self.items.column("attributes").combine_chunks()
-        return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    @property
+    def attributes(self) -> list[pa.StructArray]:
+        """Typed attributes of all items, in runs of items as they lie on the disk."""
+        chunks: list[pa.StructArray] = self.items.column("attributes").chunks
+        return chunks
+
+    def matching(self, filters: Mapping[str, FilterValue]) -> np.ndarray:
+        """(items,) bool: which items pass every filter, see :func:`ace_core.attributes.matching`."""
+        return np.concatenate([np.empty(0, bool), *(matching(column, filters) for column in self.attributes)])
 
     def row_of(self, item_id: str) -> int | None:
         """Row of an item, or None: one vectorised scan (no dictionary of ten million strings in every replica)."""
@@ -157,8 +112,25 @@ class Segment:
         """The item at a row."""
         return self.items_at([row])[0]
 
-    def items_at(self, rows: Sequence[int]) -> list[StoredItem]:
-        """The items at some rows, read from the table in one go."""
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([batch.num_rows for batch in self._batches])
+
+    def _fields(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """What the table holds of some rows: taken run by run, for Arrow would first copy all runs into one."""
+        out: list[dict[str, Any]] = [{}] * len(rows)
+        run = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(run).tolist():
+            here = np.flatnonzero(run == number)
+            batch = self._batches[number]
+            local = rows[here] - (self._ends[number] - batch.num_rows)
+            for at, fields in zip(here.tolist(), batch.take(pa.array(local)).to_pylist()):
+                out[at] = fields
+        return out
+
+    def items_at(self, rows: Sequence[int] | np.ndarray) -> list[StoredItem]:
+        """The items at some rows."""
+        rows = np.asarray(rows, np.int64)
         return [
             StoredItem(
                 item_id=fields["item_id"],
@@ -173,7 +145,5 @@ class Segment:
                 end_seconds=fields["end_seconds"],
                 identifier=tuple(identifier),
             )
-            for fields, identifier in zip(
-                self.items.take(pa.array(rows, pa.int64())).to_pylist(), self.gallery.codes[rows].tolist()
-            )
+            for fields, identifier in zip(self._fields(rows), self.gallery.codes[rows].tolist())
         ]

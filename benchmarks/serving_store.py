@@ -22,7 +22,7 @@ from ace_core.manifest import Manifest, PartKind, hash_folder, write_manifest
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.ranking import Ranker
 from ace_core.retriever import RANKING_NAME
-from ace_core.segment import write_segment
+from ace_core.segment_writer import write_segment
 from ace_core.snapshot import SnapshotManifest, part_ref, write_snapshot
 from ace_store.store import Store
 

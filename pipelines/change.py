@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ace_core.attributes import FilterValue, matching
+from ace_core.attributes import FilterValue
 from ace_core.config import Settings
 from ace_core.errors import CorpusError, QueryError, StoreError
-from ace_core.features import read_features
 from ace_core.segment import Segment, item_versions
 from ace_core.snapshot import Snapshot, SnapshotManifest
 from ace_store import Current, Store
+from pipelines.assign import ItemListing
 from pipelines.drift import measure_drift
 from pipelines.progress import Reporter
 from pipelines.publish import Models, commit, same_encoders, segment_part, snapshot_manifest
@@ -39,9 +39,10 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     features = store.latest("features")
     models = Models.load(store, snapshot.manifest.models["generator"].id)
     same_encoders(store, features, store.latest("generator"))
-    corpus = read_features(store.path("features", features.id), store.filesystem)
+    columns = ["item_id", "content_hash", "uri", "captions", "attributes"]
+    items = ItemListing.read(store, features, columns).items
     published = _published(snapshot)
-    wanted = pa.table({"item_id": corpus.items.column("item_id"), "version": item_versions(corpus.items)})
+    wanted = pa.table({"item_id": items.column("item_id"), "version": item_versions(items)})
     _report_gone(published, wanted, reporter)
     place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
     same = pc.equal(wanted.column("version"), published.column("version").take(place))
@@ -51,14 +52,16 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     if not len(rows):
         reporter.say(f"snapshot {snapshot.id}: it has all of the corpus, nothing to add")
         return snapshot.manifest
-    segment = segment_part(store, features, models, rows, settings, reporter)
+    chosen = np.zeros(items.num_rows, bool)
+    chosen[rows] = True
+    segment = segment_part(store, features, models, chosen, settings, reporter)
     manifest = snapshot_manifest(
         store, features, models, [*snapshot.manifest.segments, segment], tombstones, parent=snapshot.id, note="add"
     )
     reporter.say(f"{len(rows) - len(replaced):,} items added, {len(replaced):,} replaced")
     drift = measure_drift(snapshot, Segment(store.local_copy("segment", segment.id), verify=False), store)
     reporter.say(str(drift))
-    return commit(store, manifest, tombstones, seen, reporter, started)
+    return commit(store, manifest, tombstones, seen, reporter, started, built=[segment.id])
 
 
 def remove_stage(
@@ -96,12 +99,10 @@ def remove_stage(
     leaving = np.zeros(len(published), bool)
     leaving[asked.to_numpy()] = True
     if gone:
-        wanted = read_features(store.path("features", store.latest("features").id), store.filesystem).items
-        leaving |= ~pc.is_in(
-            published.column("item_id"), value_set=wanted.column("item_id").combine_chunks()
-        ).to_numpy()
+        wanted = ItemListing.read(store, store.latest("features"), ["item_id"]).items.column("item_id")
+        leaving |= ~pc.is_in(published.column("item_id"), value_set=wanted.combine_chunks()).to_numpy()
     if filters:
-        passes = [matching(segment.attributes, filters) for segment in snapshot.segments]
+        passes = [segment.matching(filters) for segment in snapshot.segments]
         number, row = published.column("segment").to_numpy(), published.column("row").to_numpy()
         starts = np.cumsum([0, *(len(p) for p in passes)])
         leaving |= np.concatenate(passes)[starts[number] + row]
@@ -126,7 +127,7 @@ def remove_stage(
         parent=snapshot.id,
         note="remove",
     )
-    return commit(store, manifest, tombstones, seen, reporter, started)
+    return commit(store, manifest, tombstones, seen, reporter, started, built=[])
 
 
 def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = None) -> SnapshotManifest:

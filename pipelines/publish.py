@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.arrays import map_arrays
 from ace_core.config import EncoderSettings, Settings
 from ace_core.errors import StoreError
-from ace_core.features import Features
 from ace_core.items import MODALITIES
-from ace_core.manifest import MANIFEST_NAME, Manifest, fingerprint
+from ace_core.manifest import MANIFEST_NAME, Manifest, fingerprint, verify_files
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.retriever import Retriever
-from ace_core.segment import write_segment
+from ace_core.segment import Segment
+from ace_core.segment_writer import SegmentWriter
 from ace_core.snapshot import MODEL_KINDS, PartRef, Snapshot, SnapshotManifest, write_snapshot
 from ace_store import Current, Store
 from ace_store.store import folder_of
-from pipelines.corpus import known_captions, load_captions, load_corpus
+from pipelines.assign import assign_identifiers
+from pipelines.corpus import load_captions
 from pipelines.progress import Reporter
 
-BLOCK = 65_536  # items whose identifiers are assigned together
 PROBES = 8  # captions asked of a new snapshot before it becomes the current one
 
 ModelKind = Literal["aligner", "quantizer", "generator"]
@@ -36,13 +36,17 @@ ModelKind = Literal["aligner", "quantizer", "generator"]
 
 @dataclass(frozen=True)
 class Models:
-    """What gives an item its identifier: the fitted parts, loaded."""
+    """What gives an item its identifier: the fitted parts."""
 
     ids: dict[ModelKind, str]
     texts: str
     vectors: str
-    aligner: Aligner
     quantizer: Quantizer
+
+    @property
+    def of_items(self) -> dict[str, str]:
+        """The two that an item passes through on its way to an identifier."""
+        return {kind: self.ids[kind] for kind in ("aligner", "quantizer")}
 
     @classmethod
     def load(cls, store: Store, generator_id: str) -> Models:
@@ -65,13 +69,14 @@ class Models:
             ids,
             generator.inputs["texts"],
             generator.settings["vectors"],
-            Aligner.load(store.local_copy("aligner", ids["aligner"])),
             Quantizer.load(store.local_copy("quantizer", ids["quantizer"])),
         )
 
 
 def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
     """Publish all items of the latest features; nothing is done when that is what ``CURRENT`` names.
+
+    Items stream through: memory holds their identifiers and training captions, not their vectors or attributes.
 
     Raises:
         StoreError: parts do not belong together, or another publisher was faster.
@@ -112,61 +117,55 @@ def same_encoders(store: Store, features: Manifest, generator: Manifest) -> None
 
 
 def segment_part(
-    store: Store, features: Manifest, models: Models, rows: np.ndarray | None, settings: Settings, reporter: Reporter
+    store: Store,
+    features: Manifest,
+    models: Models,
+    chosen: np.ndarray | None,
+    settings: Settings,
+    reporter: Reporter,
 ) -> PartRef:
-    """The segment of these rows of a features part (None for all), built unless the store has it."""
+    """The segment of some items of a features part, built unless the store has it.
+
+    Args:
+        chosen: (n,) bool over the items of the part in the order of its files; None for all.
+    """
     inputs: dict[str, str] = {"features": features.id} | {str(kind): part for kind, part in models.ids.items()}
-    chosen = None if rows is None else fingerprint(rows.tolist())
-    segment_id = fingerprint("segment", inputs, models.vectors, chosen)
+    which = None if chosen is None else hashlib.sha256(np.packbits(chosen)).hexdigest()
+    segment_id = fingerprint("segment", inputs, models.vectors, settings.split.model_dump(), which)
     if store.find("segment", segment_id) is None:
-        corpus = load_corpus(store, features.id, settings)
-        known = known_captions(corpus, load_captions(store, models.texts))
-        rows = np.arange(len(corpus.features)) if rows is None else rows
-        with store.scratch() as folder, reporter.step("assign identifiers", len(rows)) as step:
-            codes = np.empty((len(rows), models.quantizer.levels), np.uint16)
-            vectors = np.empty((len(rows), models.aligner.dim), np.float32) if models.vectors == "int8" else None
-            error = 0.0
-            for block in _blocks(len(rows)):
-                x, tokens = _vectors(corpus.features, models.aligner, known, rows[block])
-                codes[block] = models.quantizer.assign(x, tokens)
-                error += float(np.square(x - models.quantizer.reconstruct(codes[block])).sum())
-                if vectors is not None:
-                    vectors[block] = x
-                step.advance(block.stop - block.start)
-            write_segment(
-                folder / "part",
-                segment_id=segment_id,
-                codes=codes,
-                vocab_sizes=models.quantizer.vocab_sizes,
-                items=corpus.features.items.take(pa.array(rows)),
+        captions = load_captions(store, models.texts)
+        total = sum(features.metrics["items"].values()) if chosen is None else int(chosen.sum())
+        counts, error = np.zeros(len(MODALITIES), np.int64), 0.0
+        with (
+            store.scratch() as folder,
+            SegmentWriter(folder / "part", models.quantizer.vocab_sizes) as writer,
+            reporter.step("assign identifiers", total) as step,
+        ):
+            for done in assign_identifiers(
+                store, features, models.of_items, captions, chosen, settings.split, settings.compute,
+                stored=models.vectors == "int8",
+            ):  # fmt: skip
+                writer.add(done.rows)
+                counts += counts_of(done.rows)
+                error += done.error
+                step.advance(done.rows.num_rows)
+            writer.finish(
+                segment_id,
                 corpus_root=features.settings["corpus_root"],
                 inputs=inputs,
-                vectors=vectors,
-                metrics={"by_modality": _by_modality(codes), "error": error / max(1, len(rows))},
+                metrics={
+                    "by_modality": {m.value: int(counts[m.token]) for m in MODALITIES if counts[m.token]},
+                    "error": error / max(1, counts.sum()),
+                },
             )
             store.adopt_part(folder / "part", "segment", segment_id)
     return part_ref(store, "segment", segment_id)
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    for start in range(0, count, BLOCK):
-        yield slice(start, min(start + BLOCK, count))
-
-
-def _vectors(
-    corpus: Features, aligner: Aligner, known: CaptionPairs, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Aligned vectors (n, D) and modality tokens (n,) of sorted rows (n,) of a corpus."""
-    out = np.empty((len(rows), aligner.dim), np.float32)
-    tokens = corpus.modality_tokens[rows]
-    for modality in corpus.embeddings:
-        here = np.flatnonzero(tokens == modality.token)
-        if len(here):
-            raw = corpus.embeddings[modality][rows[here] - corpus.rows_of(modality).start]
-            of_these = np.flatnonzero(np.isin(known.rows, rows[here]))
-            place = np.searchsorted(rows[here], known.rows[of_these])
-            out[here] = aligner.item_vectors({modality: raw}, CaptionPairs(known.pooled[of_these], place))
-    return out, tokens
+def counts_of(rows: pa.Table) -> np.ndarray:
+    """(modalities,) int64 items of each modality."""
+    column = rows.column("modality")
+    return np.array([pc.sum(pc.equal(column, m.value)).as_py() or 0 for m in MODALITIES], np.int64)
 
 
 def _by_modality(codes: np.ndarray) -> dict[str, int]:
@@ -258,8 +257,13 @@ def commit(
     seen: Current,
     reporter: Reporter,
     started: float,
+    *,
+    built: Sequence[str] | None = None,
 ) -> SnapshotManifest:
     """Write a snapshot, check it as a server would, and make it the current one.
+
+    Args:
+        built: segments that no earlier snapshot was checked with; None where the snapshot is checked whole.
 
     Raises:
         StoreError: the check failed (the old snapshot stays), or another publisher was faster.
@@ -271,7 +275,7 @@ def commit(
         with store.scratch() as folder:
             write_snapshot(folder / "part", manifest, dict(tombstones))
             store.adopt_part(folder / "part", "snapshot", manifest.id)
-    probe(store, manifest.id)
+    verify_snapshot(store, manifest.id, built)
     store.move_current(manifest.id, seen)
     counts = ", ".join(f"{count:,} {name}" for name, count in manifest.items.items())
     reporter.say(
@@ -282,24 +286,46 @@ def commit(
     return manifest
 
 
-def probe(store: Store, snapshot_id: str) -> None:
-    """Open a snapshot, hashes and all, and ask it a few of its own captions.
+def verify_snapshot(store: Store, snapshot_id: str, built: Sequence[str] | None = None) -> None:
+    """Open a snapshot as a server would, and check that it holds what it says: hashes, counts, every identifier
+    reached through the constraint index, and a few of its own captions answered.
+
+    Args:
+        built: check the files and identifiers of these segments only (the others': sizes and manifests); None for all.
 
     Raises:
         StoreError: a part is damaged, or a query finds nothing or an item that is not live.
     """
-    retriever = Retriever.open(store.mirror(snapshot_id), snapshot_id)
+    retriever = Retriever.open(store.mirror(snapshot_id), snapshot_id, verify=built is None)
+    snapshot = retriever.snapshot
     texts: list[str] = []
-    for segment in retriever.snapshot.segments:
-        captions = segment.items.column("captions")
-        step = max(1, len(captions) // PROBES)
-        texts += [c[0] for c in captions.take(pa.array(np.arange(0, len(captions), step))).to_pylist() if c]
-    if not texts or not len(retriever.snapshot):
-        return
     with _named(snapshot_id):
+        live = 0
+        for segment, removed in zip(snapshot.segments, snapshot.removed):
+            live += len(segment) - len(removed)
+            if built is None or segment.manifest.id in built:
+                verify_files(segment.folder, segment.manifest, hashes=built is not None)
+                _check_decodable(segment)
+            rows = np.arange(0, len(segment), max(1, len(segment) // PROBES))
+            texts += [item.captions[0] for item in segment.items_at(rows) if item.captions]
+        if live != len(snapshot):
+            raise StoreError(f"its manifest counts {len(snapshot):,} items, its segments hold {live:,}")
+        if not texts or not live:
+            return
         for hits in retriever.search(texts[:PROBES], k=5):
-            if not hits or any(retriever.snapshot.find(hit.item_id) is None for hit in hits):
+            if not hits or any(snapshot.find(hit.item_id) is None for hit in hits):
                 raise StoreError("a query finds nothing, or an item that is not live")
+
+
+def _check_decodable(segment: Segment) -> None:
+    """Follow the constraint index to every item; the tokens on the way must be the item's identifier."""
+    for level in range(segment.gallery.index.levels):
+        spelled, codes = segment.gallery.index.spelled(level), segment.gallery.codes[:, level]
+        if not np.array_equal(spelled, codes):
+            raise StoreError(
+                f"the constraint index of segment {segment.manifest.id} does not spell its identifiers",
+                where=f"level {level}",
+            )
 
 
 @contextmanager

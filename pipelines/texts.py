@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ace_core.arrays import map_arrays, save_arrays
+from ace_core.arrays import array_header, map_arrays, save_arrays
 from ace_core.config import Settings, TextEncoderSettings
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
@@ -25,7 +25,6 @@ from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.progress import Reporter
 
 BATCH = 64
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bool": "BOOL"}
 
 
 class EncodeTexts:
@@ -157,21 +156,10 @@ def create_arrays(path: Path, shapes: dict[str, tuple[tuple[int, ...], Any]]) ->
     """A new safetensors file of zeros, opened for writing through memory maps.
 
     Args:
-        shapes: name to (shape, dtype float32, float16 or bool).
+        shapes: name to (shape, dtype).
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, (shape, dtype) in shapes.items():
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        kind = _SAFETENSORS_NAMES[np.dtype(dtype).name]
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header, offsets = array_header(shapes)
     with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(8 + len(text) + offset)
-    return {
-        name: np.memmap(path, dtype, "r+", 8 + len(text) + header[name]["data_offsets"][0], shape)
-        for name, (shape, dtype) in shapes.items()
-    }
+        f.write(header)
+        f.truncate(len(header) + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values()))
+    return {name: np.memmap(path, dtype, "r+", offsets[name], shape) for name, (shape, dtype) in shapes.items()}

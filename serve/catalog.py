@@ -84,16 +84,16 @@ class View:
     @cached_property
     def facets(self) -> list[Facet]:
         """Attributes that can be filtered by."""
-        columns = [segment.attributes for segment in self.snapshot.segments]
+        columns = [column for segment in self.snapshot.segments for column in segment.attributes]
         return [facet for facet in facets(columns) if facet.name != CREDIT_ATTRIBUTE]
 
     @cached_property
     def credits(self) -> list[str]:
         """Distinct attribution notes of the items, the most frequent first."""
         counts: dict[str, int] = {}
-        for segment in self.snapshot.segments:
-            if segment.attributes.type.get_field_index(CREDIT_ATTRIBUTE) >= 0:
-                for pair in segment.attributes.field(CREDIT_ATTRIBUTE).drop_null().value_counts().to_pylist():
+        for column in (column for segment in self.snapshot.segments for column in segment.attributes):
+            if column.type.get_field_index(CREDIT_ATTRIBUTE) >= 0:
+                for pair in column.field(CREDIT_ATTRIBUTE).drop_null().value_counts().to_pylist():
                     counts[str(pair["values"])] = counts.get(str(pair["values"]), 0) + pair["counts"]
         return sorted(counts, key=lambda note: (-counts[note], note))[:_MAX_CREDITS]
 

@@ -16,13 +16,12 @@ import pyarrow as pa
 import soundfile
 from PIL import Image, ImageDraw
 
-from ace_core.attributes import matching
 from ace_core.config import EncoderSettings
 from ace_core.errors import QueryError
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, write_manifest
 from ace_core.media.kinds import mime_of
-from ace_core.segment import write_segment
+from ace_core.segment_writer import write_segment
 from ace_core.snapshot import Snapshot, SnapshotManifest, part_ref, write_snapshot
 from ace_store.store import Store
 from serve.calls import ExampleCall, Found, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
@@ -216,7 +215,7 @@ class WordBackend:
         words = set(text.lower().split()) - {"a"}
         hits = []
         for segment, removed in zip(snapshot.segments, snapshot.removed):
-            keep = matching(segment.attributes, call.options.filters)
+            keep = segment.matching(call.options.filters)
             keep[removed] = False
             for row in np.flatnonzero(keep):
                 item = segment.item(int(row))

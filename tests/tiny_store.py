@@ -23,7 +23,7 @@ from ace_core.quantize.fit import fit_quantizer
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.ranking import Ranker
 from ace_core.retriever import RANKING_NAME
-from ace_core.segment import write_segment
+from ace_core.segment_writer import write_segment
 from ace_core.snapshot import CURRENT_NAME, SnapshotManifest, part_ref, write_snapshot
 
 WIDTHS = {Modality.IMAGE: 20, Modality.AUDIO: 12, Modality.VIDEO: 16}
