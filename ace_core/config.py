@@ -25,10 +25,22 @@ class Section(BaseModel):
 class CorpusSettings(Section):
     """Where the media are."""
 
-    path: str = Field("corpus", description="folder (or s3:// prefix) that holds the media")
-    captions: str | None = Field(
-        None, description="captions file; by default captions.jsonl, .csv or .parquet in the corpus folder"
+    path: str = Field("corpus", description="folder (or s3:// prefix) of media or of tar shards, or a table's file")
+    format: Literal["auto", "folder", "webdataset", "table"] = Field("auto", description="what path is; auto looks")
+    root: str | None = Field(
+        None, description="folder or prefix that a table's uris are in; by default the one that the table is in"
     )
+    captions: str | None = Field(
+        None, description="captions file of a folder; by default captions.jsonl, .csv or .parquet in it"
+    )
+    media_column: str | None = Field(
+        None, description="column of a table that names the media, or holds their bytes; by default a usual name"
+    )
+    caption_columns: tuple[str, ...] = Field(
+        (), description="columns with captions; by default captions, caption, text"
+    )
+    id_column: str = Field("item_id", description="column with the item's id; without one, it is the path or the row")
+    listed_only: bool = Field(False, description="leave out media that the captions file does not name")
     shard_items: int = Field(2048, ge=1, description="items written together: what a killed ingestion may repeat")
     shard_seconds: float = Field(10, gt=0, description="a shard is written at least this often")
 
@@ -135,9 +147,12 @@ class GeneratorSettings(Section):
         0.3, ge=0, le=1, description="share of the item loss' target that goes to items similar in the aligned space"
     )
     soft_targets: float = Field(
-        0.9, ge=0, le=1, description="share of what the decoder learns to spell that the refined query finds itself"
+        1.0, ge=0, le=1, description="share of what the decoder learns to spell that the refined query finds itself"
     )
     sharpness: float = Field(1.5, gt=0, description="how much those favour the nearest items; 1 is as calibrated")
+    steering: float = Field(
+        0.5, ge=0, le=1, description="share of the decoder's corrections that a search follows; less trusts the heads"
+    )
     candidates: int = Field(8192, ge=2, description="items that a step's targets are spread over")
     virtual_queries: float = Field(0.5, ge=0, le=1, description="share of a batch that are virtual queries")
     virtual_noise: float = Field(
@@ -157,6 +172,12 @@ class SearchSettings(Section):
     )
     beam: int = Field(20, ge=1, le=1000, description="identifiers kept at each level (mode: beam)")
     draft: int = Field(200, ge=1, le=10_000, description="identifiers kept at each level (mode: one-shot, verify)")
+    pool: int = Field(
+        200,
+        ge=0,
+        le=10_000,
+        description="drafted identifiers ranked beside the beam's; 0 for none (mode: beam, rerank)",
+    )
     scoring: Literal["vocabulary", "children"] = Field(
         "vocabulary", description="what a token's probability is a share of (mode: beam)"
     )
@@ -189,12 +210,15 @@ class ServeSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     replicas: int = Field(1, ge=1, description="decoding replicas, at least")
     max_replicas: int = Field(1, ge=1, description="decoding replicas that the autoscaler may start")
+    scale_down_seconds: float = Field(60, ge=0, description="how long replicas are not needed before they go")
     max_batch: int = Field(16, ge=1, description="queries that a replica decodes together")
     batch_wait_seconds: float = Field(
         0.0, ge=0, description="how long an idle replica waits for a batch to fill; a busy one fills it anyway"
     )
     max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
-    max_wait_seconds: float = Field(2.0, gt=0, description="searches that would wait longer are answered 429")
+    max_wait_seconds: float = Field(
+        0.75, gt=0, description="searches that would wait longer are answered 429; while overloaded, a third of it"
+    )
     request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
     watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")
     threads: int = Field(1, ge=1, description="torch threads of a replica")
@@ -306,7 +330,9 @@ def _absolute(settings: Settings) -> Settings:
     return settings.model_copy(
         update={
             "store": of(settings.store),
-            "corpus": settings.corpus.model_copy(update={"path": of(settings.corpus.path)}),
+            "corpus": settings.corpus.model_copy(
+                update={"path": of(settings.corpus.path), "root": of(settings.corpus.root)}
+            ),
             "encoders": settings.encoders.model_copy(update=encoders),
             "serve": settings.serve.model_copy(update={"keys_file": of(settings.serve.keys_file)}),
         }

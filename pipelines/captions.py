@@ -1,9 +1,11 @@
-"""What a user wrote about the media: a captions file for the whole corpus, or a text file beside each item."""
+"""What a user wrote about the media: a table for the whole corpus, or a text file beside each item."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from ace_core.config import CorpusSettings
 from ace_core.errors import CorpusError
 
 CAPTIONS_NAMES = ("captions.jsonl", "captions.csv", "captions.parquet")
-PATH_COLUMNS = ("path", "uri", "file", "file_name", "filename", "filepath", "image", "audio", "video")
+PATH_COLUMNS = (
+    "path", "uri", "url", "file", "file_name", "filename", "filepath", "image", "audio", "video", "image_path",
+    "audio_path", "video_path",
+)  # fmt: skip
 CAPTION_COLUMNS = ("captions", "caption", "text")
 ID_COLUMN = "item_id"
+_ROWS = 1024  # rows of a table in memory at a time
 
 
 @dataclass
@@ -37,11 +44,47 @@ class Described:
                 self.attributes.setdefault(name, value)
 
 
-def read_captions(data: bytes, name: str) -> dict[str, Described]:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table say what; where nothing is given, the usual names do.
+
+    Attributes:
+        media: names of the column that names (or holds) the media file; the first that a row has counts.
+        captions: names of columns with captions, one or a list a cell; all count.
+        item_id: name of the column with the item's id.
+    """
+
+    media: tuple[str, ...] = PATH_COLUMNS
+    captions: tuple[str, ...] = CAPTION_COLUMNS
+    item_id: str = ID_COLUMN
+
+    @classmethod
+    def of(cls, settings: CorpusSettings) -> Columns:
+        """As the settings say."""
+        return cls(
+            (settings.media_column,) if settings.media_column else PATH_COLUMNS,
+            settings.caption_columns or CAPTION_COLUMNS,
+            settings.id_column,
+        )
+
+    def describe(self, row: Mapping[str, Any], used: Iterable[str] = ()) -> Described:
+        """What a row says of its item: every column with no other use (``used`` names more) is an attribute."""
+        captions = [c for c in self.captions if c in row]
+        other = {self.item_id, *captions, *used}
+        described = Described()
+        if row.get(self.item_id) not in (None, ""):
+            described.item_id = str(row[self.item_id])
+        described.add(
+            [text for c in captions for text in _texts(row[c])],
+            {str(k): _plain(v) for k, v in row.items() if k not in other},
+        )
+        return described
+
+
+def read_captions(data: bytes, name: str, columns: Columns = Columns()) -> dict[str, Described]:
     """Read a captions file: JSON lines, CSV with a header, or Parquet; one row an item, or one row a caption.
 
-    A row names its file in one of :data:`PATH_COLUMNS` and its captions in one of :data:`CAPTION_COLUMNS`; it may
-    name the item (``item_id``). All other columns become attributes.
+    A row names its file and may hold captions and the item's id; all other columns become attributes.
 
     Returns:
         by the path as written.
@@ -49,44 +92,52 @@ def read_captions(data: bytes, name: str) -> dict[str, Described]:
     Raises:
         CorpusError: the file cannot be read, or lacks a column that names the media file.
     """
-    rows = _rows(data, name)
     described: dict[str, Described] = {}
-    for number, row in enumerate(rows, start=1):
-        path_column = next((c for c in PATH_COLUMNS if isinstance(row.get(c), str) and row[c]), None)
+    for number, row in enumerate(read_rows(pa.BufferReader(data), name, columns), start=1):
+        path_column = next((c for c in columns.media if isinstance(row.get(c), str) and row[c]), None)
         if path_column is None:
             raise CorpusError(
                 f"row {number} does not name a media file (its columns: {', '.join(map(str, row)) or 'none'})",
                 where=name,
-                remedy=f"Name the file in a column called one of {', '.join(PATH_COLUMNS)}.",
+                remedy=f"Name the file in a column called one of {', '.join(columns.media)}.",
             )
-        caption_columns = [c for c in CAPTION_COLUMNS if c in row]
-        captions = [text for c in caption_columns for text in _texts(row[c])]
-        used = {path_column, ID_COLUMN, *caption_columns}
+        said = columns.describe(row, (path_column,))
         entry = described.setdefault(row[path_column], Described())
-        if row.get(ID_COLUMN) not in (None, ""):
-            entry.item_id = str(row[ID_COLUMN])
-        entry.add(captions, {str(k): _plain(v) for k, v in row.items() if k not in used})
+        entry.item_id = said.item_id or entry.item_id
+        entry.add(said.captions, said.attributes)
     return described
 
 
-def _rows(data: bytes, name: str) -> list[dict[str, Any]]:
+def read_rows(file: pa.NativeFile, name: str, columns: Columns, chosen: list[str] | None = None) -> Iterator[dict]:
+    """Rows of a table (.jsonl, .csv with a header or .parquet), one at a time.
+
+    Args:
+        chosen: columns to read of a Parquet file; None for all.
+
+    Raises:
+        CorpusError: it cannot be read, or is of another kind.
+    """
     suffix = name.rpartition(".")[2].lower()
+    if suffix not in ("jsonl", "ndjson", "json", "csv", "parquet"):
+        raise CorpusError(
+            f"tables of kind {suffix!r} are not known", where=name, remedy="Use .jsonl, .csv or .parquet."
+        )
     try:
         if suffix == "parquet":
-            return pq.read_table(pa.BufferReader(data)).to_pylist()
-        if suffix == "csv":
-            return _csv_rows(data)
-        text = data.decode("utf-8-sig")
+            for batch in pq.ParquetFile(file).iter_batches(_ROWS, columns=chosen):
+                yield from batch.to_pylist()
+        elif suffix == "csv":
+            yield from _csv_rows(file, columns)
+        else:
+            yield from _json_rows(file, name)
     except (UnicodeDecodeError, pa.ArrowException, OSError) as e:
         raise CorpusError(
-            f"the captions file cannot be read ({e})", where=name, remedy="Save it as UTF-8 text or Parquet."
+            f"the table cannot be read ({e})", where=name, remedy="Save it as UTF-8 text or Parquet."
         ) from None
-    if suffix not in ("jsonl", "ndjson", "json"):
-        raise CorpusError(
-            f"captions files of kind {suffix!r} are not known", where=name, remedy="Use .jsonl, .csv or .parquet."
-        )
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+
+
+def _json_rows(file: pa.NativeFile, name: str) -> Iterator[dict]:
+    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
         if not line.strip():
             continue
         try:
@@ -97,21 +148,22 @@ def _rows(data: bytes, name: str) -> list[dict[str, Any]]:
             raise CorpusError(
                 f"line {number} is not a JSON object ({e})", where=name, remedy="Write one JSON object on each line."
             ) from None
-        rows.append(row)
-    return rows
+        yield row
 
 
-def _csv_rows(data: bytes) -> list[dict[str, Any]]:
+def _csv_rows(file: pa.NativeFile, columns: Columns) -> Iterator[dict]:
     """Rows of a CSV file, with the types that all values of a column share; names and texts stay text."""
-    as_text = dict.fromkeys((*PATH_COLUMNS, *CAPTION_COLUMNS, ID_COLUMN), pa.string())
-    return csv.read_csv(
-        pa.BufferReader(data),
+    as_text = dict.fromkeys((*columns.media, *columns.captions, columns.item_id), pa.string())
+    read = csv.read_csv(
+        file,
         parse_options=csv.ParseOptions(newlines_in_values=True),
         convert_options=csv.ConvertOptions(column_types=as_text, strings_can_be_null=True),
-    ).to_pylist()
+    )
+    for batch in read.to_batches(_ROWS):
+        yield from batch.to_pylist()
 
 
-def read_sidecar(data: bytes, name: str) -> Described:
+def read_sidecar(data: bytes, name: str, columns: Columns = Columns()) -> Described:
     """Read the text file beside one media file: ``.txt`` holds a caption a line, ``.json`` an object as a row of
     :func:`read_captions` without the path. What cannot be read describes nothing."""
     described = Described()
@@ -123,10 +175,7 @@ def read_sidecar(data: bytes, name: str) -> Described:
         row = json.loads(text)
     except ValueError:
         return described
-    if isinstance(row, dict):
-        captions = [t for c in CAPTION_COLUMNS if c in row for t in _texts(row[c])]
-        described.add(captions, {str(k): _plain(v) for k, v in row.items() if k not in CAPTION_COLUMNS})
-    return described
+    return columns.describe(row) if isinstance(row, dict) else described
 
 
 def _texts(value: Any) -> list[str]:
@@ -138,7 +187,9 @@ def _texts(value: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value of whatever a Parquet cell held (dates become text)."""
+    """A JSON value of whatever a Parquet cell held (dates become text, "not a number" nothing)."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):

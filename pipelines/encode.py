@@ -18,7 +18,7 @@ from ace_core.config import LimitSettings, MediaEncoderSettings
 from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality
-from ace_store import open_location
+from ace_store import ItemReader, open_location
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class EncodeItems:
 
         torch.set_num_threads(threads)
         self._encoder = load_media_encoder(modality, encoder, limits, device)
-        self._location = open_location(corpus)
+        self._reader = ItemReader(open_location(corpus))
         self._limits = limits
         self._known = known or KnownEmbeddings()
         self._pool = ThreadPoolExecutor(threads)
@@ -119,8 +119,7 @@ class EncodeItems:
 
     def _read(self, uri: str) -> bytes:
         try:
-            with self._location.filesystem.open_input_stream(self._location.path(uri)) as f:
-                return f.read()
+            return self._reader.read(uri)
         except OSError as e:
             raise MediaError("unreadable", f"the file cannot be read ({e})") from None
 

@@ -37,7 +37,7 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
         ModelError: an encoder cannot be had.
     """
     started = time.monotonic()
-    listing = list_corpus(settings.corpus)
+    listing = list_corpus(settings.corpus, store)
     reporter.say(f"{listing.root}: {listing.summary}")
     present = [m for m in MODALITIES if listing.of(m).num_rows]
     identities = encoder_identities(settings, present)

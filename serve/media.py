@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
 from ace_core.errors import StoreError
+from ace_store.address import Address, ItemReader
 from ace_store.location import Location, open_location
 
 _BLOCK = 256 * 1024
@@ -30,12 +31,21 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 @dataclass(frozen=True)
 class MediaFile:
-    """An existing regular file: where it is, its size in bytes, and a strong ETag that changes when it does."""
+    """The bytes of an item: an existing regular file, a part of one (in a tar shard), or a cell of a table.
+
+    Attributes:
+        size: number of bytes, and
+        offset: where they begin in the file.
+        etag: strong; changes when the file does.
+        cell: the bytes themselves, where they are a table's cell.
+    """
 
     filesystem: fs.FileSystem
     path: str
     size: int
     etag: str
+    offset: int = 0
+    cell: bytes | None = None
 
 
 def resolve(root: str, uri: str) -> MediaFile:
@@ -43,13 +53,14 @@ def resolve(root: str, uri: str) -> MediaFile:
 
     Args:
         root: the corpus folder or prefix, as its segment's manifest has it.
-        uri: a path below ``root``, an absolute path or a URI, as the snapshot lists it.
+        uri: a path below ``root``, an absolute path or a URI, as the snapshot lists it (:class:`ace_store.Address`).
 
     Raises:
         StoreError: it is not below ``root``, or is not there.
     """
     location = _location(root)
-    parts = _below(root, location, uri)
+    address = Address.parse(uri)
+    parts = _below(root, location, address.path)
     path = location.path(*parts)
     if location.local is not None:
         real = Path(path).resolve()
@@ -64,8 +75,24 @@ def resolve(root: str, uri: str) -> MediaFile:
         raise StoreError(
             "the file is not there any more", where=uri, remedy="Restore it, or remove the item with `ace remove`."
         )
-    version = f"{path}\n{info.size}\n{info.mtime_ns}".encode()
-    return MediaFile(location.filesystem, path, info.size, f'"{hashlib.sha256(version).hexdigest()[:24]}"')
+    version = f"{path}\n{uri}\n{info.size}\n{info.mtime_ns}".encode()
+    etag = f'"{hashlib.sha256(version).hexdigest()[:24]}"'
+    if address.cell is not None:
+        try:
+            cell = ItemReader(location).read("/".join(parts) + uri[len(address.path) :])
+        except OSError as e:
+            raise _changed(uri, str(e)) from None
+        return MediaFile(location.filesystem, path, len(cell), etag, cell=cell)
+    offset, size = address.span or (0, info.size)
+    if offset + size > info.size:
+        raise _changed(uri, f"the file has {info.size:,} bytes")
+    return MediaFile(location.filesystem, path, size, etag, offset)
+
+
+def _changed(uri: str, found: str) -> StoreError:
+    return StoreError(
+        f"the item is not where it was ({found})", where=uri, remedy="Run `ace add`: the shard or table has changed."
+    )
 
 
 @lru_cache(maxsize=64)
@@ -120,7 +147,7 @@ def respond(file: MediaFile, mime: str, headers: Headers, *, head: bool) -> Resp
     status = 206 if span else 200
     if head:
         return Response(status_code=status, headers=out)
-    return StreamingResponse(_blocks(file, first, last), status_code=status, headers=out)
+    return StreamingResponse(blocks(file, first, last), status_code=status, headers=out)
 
 
 _UNSATISFIABLE = (-1, -1)
@@ -148,10 +175,14 @@ def _names(header: str | None, etag: str) -> bool:
     return any(tag.strip().removeprefix("W/") in (etag, "*") for tag in header.split(","))
 
 
-def _blocks(file: MediaFile, first: int, last: int) -> Iterator[bytes]:
+def blocks(file: MediaFile, first: int, last: int) -> Iterator[bytes]:
+    """The bytes from ``first`` to ``last`` (both included), piece by piece."""
+    left = last - first + 1
+    if file.cell is not None:
+        yield file.cell[first : last + 1]
+        return
     with file.filesystem.open_input_file(file.path) as f:
-        f.seek(first)
-        left = last - first + 1
+        f.seek(file.offset + first)
         while left > 0 and (block := f.read(min(_BLOCK, left))):
             left -= len(block)
             yield block

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import av
@@ -72,3 +74,27 @@ def write_mixed_corpus(folder: Path, pictures: int = 32, sounds: int = 8, clips:
         rows.append({"path": f"video/{i:03d}.mp4", "captions": captions, "split": "test" if i == 3 else "train"})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """A tar of (name, bytes), as img2dataset writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def tone_bytes(hertz: float, seconds: float = 0.3) -> bytes:
+    """A FLAC of a sine."""
+    out = io.BytesIO()
+    t = np.arange(int(16_000 * seconds)) / 16_000
+    soundfile.write(out, (0.4 * np.sin(2 * np.pi * hertz * t)).astype(np.float32), 16_000, format="FLAC")
+    return out.getvalue()
+
+
+def sample(key: str, media: bytes, suffix: str, caption: str, **more: object) -> list[tuple[str, bytes]]:
+    """Members of one webdataset sample."""
+    said = {"caption": caption, "key": key, "status": "success", "error_message": None, **more}
+    return [(f"{key}.{suffix}", media), (f"{key}.txt", caption.encode()), (f"{key}.json", json.dumps(said).encode())]

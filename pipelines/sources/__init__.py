@@ -1,0 +1,112 @@
+"""Where the media of a corpus are, and what is written about them: one class for each way in which users keep them."""
+
+from __future__ import annotations
+
+from pyarrow import fs
+
+from ace_core.config import CorpusSettings
+from ace_core.errors import CorpusError
+from ace_core.media.kinds import modality_of
+from ace_store import Location, Store, open_location
+from pipelines.captions import CAPTIONS_NAMES
+from pipelines.sources.folder import FolderSource
+from pipelines.sources.listing import LISTING_SCHEMA, Listing, Remembered, Source, below
+from pipelines.sources.table import TABLE_SUFFIXES, TableSource
+from pipelines.sources.webdataset import SHARD_SUFFIX, WebDatasetSource
+
+__all__ = ["LISTING_SCHEMA", "Listing", "list_corpus"]
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+def list_corpus(settings: CorpusSettings, store: Store | None = None) -> Listing:
+    """List a corpus, whatever it is kept as. Names that start with ``.`` or ``_`` are left out.
+
+    Args:
+        store: where listings of shards and tables of bytes are kept for the next time; None keeps none.
+
+    Raises:
+        CorpusError: nothing is there, or nothing that is of use; says what to do.
+    """
+    location, files = _files(settings)
+    remembered = Remembered(store, location)
+    listing = _source(settings, location, files, remembered).find()
+    remembered.forget_others()
+    return listing
+
+
+def _source(
+    settings: CorpusSettings, location: Location, files: dict[str, fs.FileInfo], remembered: Remembered
+) -> Source:
+    """What ``corpus.format`` says, or what the files look like: media make a folder, else tars a webdataset, else
+    tables a table."""
+    shards = {name: info for name, info in files.items() if name.lower().endswith(SHARD_SUFFIX)}
+    tables = {
+        name: info
+        for name, info in files.items()
+        if name.lower().endswith(TABLE_SUFFIXES) and (len(files) == 1 or name not in CAPTIONS_NAMES)
+    }
+    kind = settings.format
+    media = any(modality_of(name) for name in files)
+    if kind == "auto":
+        kind = "folder" if media else "webdataset" if shards else "table" if tables else "folder"
+    if kind == "webdataset" and shards:
+        return WebDatasetSource(location, shards, settings, remembered)
+    if kind == "table" and tables:
+        return TableSource(location, tables, settings, remembered)
+    if kind != "folder":
+        raise CorpusError(
+            f"there is no {'tar shard' if kind == 'webdataset' else 'table'} here",
+            where=settings.path,
+            remedy="Check corpus.path and corpus.format.",
+        )
+    packed = next((name for name in files if name.lower().endswith(_COMPRESSED)), None)
+    if packed and not media:
+        raise CorpusError(
+            f"{packed} is a compressed tar, of which no part can be read by itself",
+            where=settings.path,
+            remedy="Unpack it to .tar (the media in it are compressed already), or to a folder.",
+        )
+    return FolderSource(location, files, settings)
+
+
+def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo]]:
+    """The corpus folder and its files by relative name, sorted; of a shard or table by itself, the folder it is in."""
+    location = open_location(settings.path)
+    try:
+        root = location.filesystem.get_file_info(location.root)
+        if root.type == fs.FileType.NotFound:
+            raise CorpusError(
+                "the corpus folder does not exist",
+                where=location.uri,
+                remedy="Check corpus.path (--set corpus.path=FOLDER); `ace demo` makes a corpus to try.",
+            )
+        if root.type == fs.FileType.File:
+            if not root.path.lower().endswith((SHARD_SUFFIX, *TABLE_SUFFIXES)):
+                raise CorpusError(
+                    "the corpus is a file, and neither a table nor a tar",
+                    where=location.uri,
+                    remedy=f"Give a folder, a {SHARD_SUFFIX}, or a table ({', '.join(TABLE_SUFFIXES)}).",
+                )
+            return _folder_of(location), {root.base_name: root}
+        found = location.filesystem.get_file_info(fs.FileSelector(location.root, recursive=True))
+    except OSError as e:
+        raise CorpusError(
+            f"the corpus folder cannot be listed ({e})",
+            where=location.uri,
+            remedy="Check the path and its permissions; for s3:// the credentials, region and endpoint.",
+        ) from None
+    named = {below(location, info.path): info for info in found if info.type == fs.FileType.File}
+    files = {name: named[name] for name in sorted(named) if settings.listed_only or not _hidden(name)}
+    if not files:
+        raise CorpusError("the corpus folder is empty", where=location.uri, remedy="Put images, audio or video in it.")
+    return location, files
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _folder_of(location: Location) -> Location:
+    address, query, options = location.uri.partition("?")
+    return open_location(address.rstrip("/").rpartition("/")[0] + query + options)
