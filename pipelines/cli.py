@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ace_core.errors import AceError, SettingsError
 
@@ -19,8 +20,18 @@ if TYPE_CHECKING:
 CONFIG_NAME = "ace.yaml"
 INTERRUPTED = 130  # also what typer returns for Ctrl-C
 
+
+class _Commands(TyperGroup):
+    """All commands; lets the callback see the words of the one that was asked for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.obj = list(args)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="ace",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,6 +68,35 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder or s3:// prefix for everything ACE writes.", show_default="store"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def on_cluster(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="URL",
+            help="Run the command as a job on the cluster with this dashboard (http://HEAD:8265).",
+        ),
+    ] = None,
+) -> None:
+    """Hand the whole command to a cluster where one is named."""
+    if address is None:
+        return
+    from pipelines.remote import entrypoint, run_as_job
+
+    command: Any = context.command
+    inner, words, names = context, list(context.obj), []
+    while isinstance(command, TyperGroup):
+        name, command, words = command.resolve_command(inner, words)
+        inner = command.make_context(name, list(words), parent=inner)
+        names.append(str(name))
+    values = inner.params
+    line = entrypoint(names, command, values)
+    settings = _settings(values["config"], values["changes"], values["store"])
+    raise typer.Exit(run_as_job(address, line, settings, lambda text: typer.echo(text, err=True)))
 
 
 def _settings(config: Path | None, changes: list[str] | None, store: str | None) -> Settings:
