@@ -173,7 +173,8 @@ class SegmentWriter:
         if not self._buckets:
             yield self._sorted(pa.concat_tables(self._waiting))
             return
-        self._spill()
+        if self._waiting:
+            self._spill()
         for number in sorted(self._buckets):
             self._buckets[number].close()
             path = self._spilled / str(number)
@@ -218,5 +219,5 @@ def _unpacked(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
         for chunk in column.chunks
         if len(chunk)
     ]
-    flat = np.concatenate(parts) if len(parts) != 1 else parts[0]
+    flat = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
     return flat.view(dtype).reshape(-1, width // np.dtype(dtype).itemsize)

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ace_core.arrays import map_arrays, save_arrays
 from ace_core.config import Settings
 from ace_core.errors import CorpusError, QueryError, StoreError
+from ace_core.manifest import file_entry, write_manifest
 from ace_core.retriever import Retriever
 from ace_core.snapshot import Snapshot
 from ace_store import Store
@@ -23,7 +25,7 @@ from pipelines.drift import Drift
 from pipelines.ingest import ingest
 from pipelines.keep import gc_stage
 from pipelines.progress import Reporter
-from pipelines.publish import live_ids
+from pipelines.publish import commit, live_ids, part_ref
 from tests.corpora import write_picture
 from tests.world import World
 
@@ -141,6 +143,25 @@ def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str])
     Snapshot.open(copy.store.mirror())  # every part that the current one names is still there, hashes and all
     assert cli.main(["status", "--store", copy.settings.store]) == 0
     assert str(last) in capsys.readouterr().out
+
+
+def test_a_segment_whose_index_spells_something_else_is_not_published(copy: Copy) -> None:
+    """Hashes agree and counts agree: only following the index to the items shows it."""
+    before = copy.store.current()
+    snapshot = Snapshot.open(copy.store.mirror())
+    folder = snapshot.segments[0].folder
+    arrays = {k: np.array(v) for k, v in map_arrays(folder / "constraint.safetensors").items()}
+    arrays["tokens_2"][0] += 1
+    save_arrays(folder / "constraint.safetensors", arrays)
+    files = snapshot.segments[0].manifest.files | {
+        "constraint.safetensors": file_entry(folder / "constraint.safetensors")
+    }
+    write_manifest(folder, snapshot.segments[0].manifest.model_copy(update={"files": files}))
+    ref = part_ref(copy.store, "segment", folder.name)
+    manifest = snapshot.manifest.model_copy(update={"id": "other", "segments": (ref,)})
+    with pytest.raises(StoreError, match="does not spell its identifiers"):
+        commit(copy.store, manifest, {}, before, Reporter(quiet=True), 0.0)
+    assert copy.store.current() == before
 
 
 def test_a_publisher_that_was_overtaken_is_refused(copy: Copy) -> None:
