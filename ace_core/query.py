@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ace_core.attributes import FilterValue
 from ace_core.items import AttributeValue, Modality
+
+if TYPE_CHECKING:  # the server's ingress passes queries on and holds no model
+    import torch
 
 Mode = Literal["beam", "one-shot", "verify"]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ace_core.constraint import ConstraintIndex
-from ace_core.decoding import Candidates
-from ace_core.quantize.quantizer import Quantizer
+
+if TYPE_CHECKING:  # whoever only looks items up (the server's ingress) needs no torch
+    from ace_core.decoding import Candidates
+    from ace_core.quantize.quantizer import Quantizer
 
 
 @dataclass(frozen=True, eq=False)

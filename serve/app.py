@@ -3,6 +3,7 @@
 ``ace serve`` calls :func:`run`. For a cluster, :func:`build` is the application builder that Ray's own commands take:
 
     serve run serve.app:build store=s3://bucket/store
+    serve build serve.app:app                             (takes no builder: with default settings)
     serve deploy deploy/serve.yaml
 """
 
@@ -94,6 +95,13 @@ def build(settings: Settings) -> serve.Application:
     return assemble(settings, Searcher)
 
 
+def __getattr__(name: str) -> serve.Application:
+    """``app``, the application with default settings: made when it is asked for, not at import time."""
+    if name == "app":
+        return build(Settings())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
     """The application with another class of replica (a rival behind the same ingress, in the benchmarks).
 
@@ -136,9 +144,10 @@ def _scaling(chosen: ServeSettings) -> dict[str, Any]:
         "autoscaling_config": AutoscalingConfig(
             min_replicas=chosen.replicas,
             max_replicas=chosen.max_replicas,
-            target_ongoing_requests=chosen.max_batch,
+            # Half a batch each: admission keeps what waits short, and a queue of a whole batch may never build up.
+            target_ongoing_requests=max(1, chosen.max_batch // 2),
             upscale_delay_s=2,
-            downscale_delay_s=60,
+            downscale_delay_s=chosen.scale_down_seconds,
             metrics_interval_s=1,
             look_back_period_s=4,
         )
@@ -179,6 +188,7 @@ def run(
         raise StoreError("nothing has been published here", where=settings.store, remedy="Run `ace publish` first.")
     port = _free_port(chosen.host, chosen.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
+    embedded = not ray.is_initialized() and settings.compute.address is None
     if not ray.is_initialized():
         ray.init(address=settings.compute.address, include_dashboard=False, log_to_driver=False)
     serve.start(
@@ -191,7 +201,12 @@ def run(
     on_ready(address)
     if blocking:
         _wait_for_the_end()
-        stop()
+        if embedded:
+            # Serve goes with its Ray. (Asked to shut down, its controller kills itself, which Ray prints as an error.)
+            serve.delete(APP_NAME)
+            ray.shutdown()
+        else:
+            stop()
     return address
 
 
@@ -208,8 +223,10 @@ def _wait_for_the_end() -> None:
 
 
 def stop() -> None:
-    """End the application and its proxies; Ray itself stays."""
-    serve.shutdown()
+    """End the application, and Serve with its proxies unless something else runs on it; Ray itself stays."""
+    serve.delete(APP_NAME)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _free_port(host: str, port: int) -> int:

@@ -112,7 +112,7 @@ class KeyRing:
         return found
 
     def sign(self, path: str) -> str:
-        """``path`` (``/media/ID``, unquoted) as an address that may be fetched without a key for an hour or two.
+        """``path`` (``/media/ID`` or ``/thumb/ID``, unquoted) as an address that needs no key for an hour or two.
 
         The expiry is rounded, so that an item keeps its address, and browsers their cache, for up to an hour.
         """

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ace_core.items import AttributeValue
+from ace_core.query import Hit, Mode
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Options:
     k: int
     modalities: tuple[str, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
-    mode: Literal["beam", "one-shot", "verify"] | None = None
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,6 @@ class ExampleCall:
     item_id: str | None = None
     media: bytes | None = None
     modality: str | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """One found item; fields as in :class:`ace_core.retriever.Hit`."""
-
-    item_id: str
-    score: float
-    modality: str
-    mime: str
-    captions: tuple[str, ...]
-    attributes: dict[str, AttributeValue]
-    identifier: tuple[int, ...]
-    log_prob: float
-    similarity: float
-    level_probs: tuple[float, ...]
-    start_seconds: float | None = None
-    end_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,7 @@ class Reply:
     """
 
     state: ReplicaState
-    results: tuple[tuple[Found, ...], ...]
+    results: tuple[tuple[Hit, ...], ...]
     threshold: float
     stages: Mapping[str, float]
     batch: int

@@ -25,7 +25,7 @@ from ace_core.items import Modality
 from ace_core.query import Hit, SearchRequest
 from ace_core.retriever import Retriever
 from ace_store.store import Store
-from serve.calls import ExampleCall, Found, Options, Refusal, ReplicaState, Reply, TextCall
+from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
 
 _log = logging.getLogger("ace.serve")
 _PROBE_TEXT = "a"
@@ -180,7 +180,7 @@ class Engine:
             )
         return answers
 
-    def _find(self, live: Retriever, batch: Sequence[Waiting]) -> list[tuple[tuple[Found, ...], ...] | Refusal]:
+    def _find(self, live: Retriever, batch: Sequence[Waiting]) -> list[tuple[tuple[Hit, ...], ...] | Refusal]:
         requests: list[SearchRequest] = []
         spans: list[slice | Refusal] = []
         for waiting in batch:
@@ -197,9 +197,9 @@ class Engine:
                 requests.append(_request(waiting.call.options, vector=vector.vector))
             spans.append(slice(first, len(requests)))
         hits = live.search_batch(requests)
-        return [s if isinstance(s, Refusal) else tuple(tuple(map(_found, h)) for h in hits[s]) for s in spans]
+        return [s if isinstance(s, Refusal) else tuple(map(tuple, hits[s])) for s in spans]
 
-    def _find_alone(self, live: Retriever, waiting: Waiting) -> tuple[tuple[Found, ...], ...] | Refusal:
+    def _find_alone(self, live: Retriever, waiting: Waiting) -> tuple[tuple[Hit, ...], ...] | Refusal:
         try:
             return self._find(live, [waiting])[0]
         except AceError as e:
@@ -266,23 +266,6 @@ def _request(options: Options, *, text: str | None = None, vector: np.ndarray | 
         modalities=tuple(Modality(m) for m in options.modalities),
         filters=options.filters,
         mode=options.mode,
-    )
-
-
-def _found(hit: Hit) -> Found:
-    return Found(
-        item_id=hit.item_id,
-        score=hit.score,
-        modality=hit.modality.value,
-        mime=hit.mime,
-        captions=hit.captions,
-        attributes=hit.attributes,
-        identifier=hit.identifier,
-        log_prob=hit.log_prob,
-        similarity=hit.similarity,
-        level_probs=hit.level_probs,
-        start_seconds=hit.start_seconds,
-        end_seconds=hit.end_seconds,
     )
 
 

@@ -17,10 +17,12 @@ from serve.problems import ProblemError, overloaded
 
 PUBLIC_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
 ADMIN_PREFIX = "/v1/admin/"
-MEDIA_PREFIX = "/media/"
+SIGNED_PREFIXES = ("/media/", "/thumb/")
 SEARCH_PATHS = frozenset({"/v1/search", "/v1/search/by-example"})
 UPLOAD_PATH = "/v1/search/by-example"
 MAX_JSON_BYTES = 1_000_000
+_CALM_SECONDS = 1.0
+_STANDING = 1 / 3  # of max_wait_seconds
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -34,8 +36,11 @@ class Admission:
     """Counts searches in flight, refuses what would wait too long, and says when to come back.
 
     A search that finds n others waits for about n times what one takes when they are answered together (Little's law:
-    time in the server over searches in it). So the queue is as long as the server is fast, and what is admitted is
-    answered soon.
+    time in the server over searches in it). So the queue is as long as the server is fast.
+
+    It may be ``max_wait_seconds`` long, for a burst. Where more comes than can be answered, it would always be: a long
+    queue then makes everyone late and nobody faster (the standing queue of Nichols and Jacobson, "Controlling queue
+    delay", 2012). So after a refusal it may be a third as long, until nothing was refused for a second.
     """
 
     def __init__(self, limit: int, *, always: int, max_wait_seconds: float) -> None:
@@ -51,19 +56,23 @@ class Admission:
         self.max_wait_seconds = max_wait_seconds
         self.in_flight = 0
         self._seconds_each = 0.0
+        self._refused_at = -math.inf
 
-    def enter(self) -> bool:
-        """Take a place, if there is one."""
+    def enter(self, now: float) -> int | None:
+        """Take a place at ``now`` (monotonic seconds): how many are in flight with it, or None where there is none."""
         wait = self.in_flight * self._seconds_each
-        if self.in_flight >= self.limit or (self.in_flight >= self.always and wait > self.max_wait_seconds):
-            return False
+        standing = now - self._refused_at < _CALM_SECONDS
+        most = self.max_wait_seconds * (_STANDING if standing else 1.0)
+        if self.in_flight >= self.limit or (self.in_flight >= self.always and wait > most):
+            self._refused_at = now
+            return None
         self.in_flight += 1
-        return True
+        return self.in_flight
 
-    def leave(self, seconds: float) -> None:
-        """Give the place back after a search of ``seconds``."""
-        shared = seconds / max(1, self.in_flight)
-        self._seconds_each += 0.1 * (shared - self._seconds_each)
+    def leave(self, entered: int, seconds: float) -> None:
+        """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``."""
+        # By those it found, not by those who came later: a growing queue would look fast.
+        self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
         self.in_flight -= 1
 
     def retry_after(self) -> int:
@@ -106,13 +115,14 @@ class Gate:
             self._metrics.request(getattr(route, "path", "other"), status, time.perf_counter() - started)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        limit = self._max_body_bytes if scope["path"] == UPLOAD_PATH else MAX_JSON_BYTES
+        headers, path = Headers(scope=scope), _routed(scope)
+        limit = self._max_body_bytes if path == UPLOAD_PATH else MAX_JSON_BYTES
         try:
-            self._check_key(scope, headers)
+            self._check_key(scope, path, headers)
             _check_length(headers, limit)
-            searching = scope["path"] in SEARCH_PATHS and scope["method"] == "POST"
-            if searching and not self._admission.enter():
+            searching = path in SEARCH_PATHS and scope["method"] == "POST"
+            place = self._admission.enter(time.monotonic()) if searching else None
+            if searching and place is None:
                 self._metrics.rejected("queue")
                 raise overloaded(self._admission.retry_after())
         except ProblemError as e:
@@ -122,7 +132,7 @@ class Gate:
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
             return
-        if not searching:
+        if place is None:
             await self._app(scope, _limited(receive, limit), send)
             return
         entered = time.monotonic()
@@ -130,11 +140,10 @@ class Gate:
         try:
             await self._app(scope, _limited(receive, limit), send)
         finally:
-            self._admission.leave(time.monotonic() - entered)
+            self._admission.leave(place, time.monotonic() - entered)
             self._metrics.in_flight(self._admission.in_flight)
 
-    def _check_key(self, scope: Scope, headers: Headers) -> None:
-        path: str = scope["path"]
+    def _check_key(self, scope: Scope, path: str, headers: Headers) -> None:
         if path in PUBLIC_PATHS:
             return
         if self._keys.open:
@@ -146,7 +155,7 @@ class Gate:
                     remedy="Set serve.keys_file to a file with an admin key.",
                 )
             return
-        if path.startswith(MEDIA_PREFIX) and scope["method"] in ("GET", "HEAD"):
+        if path.startswith(SIGNED_PREFIXES) and scope["method"] in ("GET", "HEAD"):
             query = parse_qs(scope["query_string"].decode("latin-1"))
             if self._keys.signed(path, *(query.get(name, [None])[0] for name in ("expires", "signature"))):
                 return
@@ -163,6 +172,13 @@ class Gate:
             )
         if path.startswith(ADMIN_PREFIX) and role != "admin":
             raise ProblemError(403, "forbidden", "this key may only read", remedy="Use an admin key.")
+
+
+def _routed(scope: Scope) -> str:
+    """The path that the router will see: behind a route prefix, without it. Both must decide by the same one."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    return path[len(prefix) :] if prefix and path.startswith(prefix + "/") else path
 
 
 def _check_length(headers: Headers, limit: int) -> None:

@@ -24,7 +24,7 @@ from ace_core.config import Settings
 from ace_core.errors import AceError
 from ace_core.media.kinds import modality_of, sniff
 from ace_core.segment import StoredItem
-from serve import media
+from serve import media, thumbs
 from serve.auth import KeyRing
 from serve.calls import Backend, ExampleCall, TextCall
 from serve.catalog import cluster_name, parse_cluster
@@ -46,6 +46,7 @@ from serve.schema import (
     SnapshotResponse,
 )
 from serve.service import Service, problem_of
+from serve.thumbs import ThumbSize
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -200,6 +201,17 @@ def _add_items(app: FastAPI, service: Service) -> None:
         found = await find(item_id)
         file = await asyncio.to_thread(media.resolve, found.root, found.uri)
         return media.respond(file, found.mime, request.headers, head=request.method == "HEAD")
+
+    @app.head("/thumb/{item_id:path}", include_in_schema=False, response_class=Response)
+    @app.get("/thumb/{item_id:path}", tags=["items"], response_class=Response)
+    async def thumbnail_of(item_id: str, request: Request, size: ThumbSize = ThumbSize.SMALL) -> Response:
+        """A small WebP picture of an item: a picture itself, a clip's middle. `size` is its longer side in pixels."""
+        found = await find(item_id)
+        thumb = await service.thumbnail(found, size, request.headers.get("if-none-match"))
+        headers = {"ETag": thumb.etag, "Cache-Control": "private, max-age=3600"}
+        if not thumb.data:
+            return Response(status_code=304, headers=headers)
+        return Response(thumb.data, media_type=thumbs.MIME, headers=headers)
 
     @app.get("/v1/clusters/{name}", tags=["items"])
     async def cluster(

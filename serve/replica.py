@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from ace_core.config import Settings
 from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
-from serve.engine import Engine, Waiting
+
+if TYPE_CHECKING:
+    from serve.engine import Waiting
 
 _MAX_BATCH = 16
 BATCHES = 32  # that may wait for the engine, which joins them
@@ -31,6 +34,9 @@ class Searcher:
     """Holds one snapshot and answers batches of calls from it."""
 
     def __init__(self, settings: Settings, device: str) -> None:
+        # Here, because the ingress imports this module too, and needs neither models nor torch.
+        from serve.engine import Engine
+
         self._engine = Engine(
             settings.store,
             replica=serve.get_replica_context().replica_id.unique_id,

@@ -106,6 +106,7 @@ class ItemOut(BaseModel):
     item_id: str
     modality: Modality
     media_url: str = Field(description="where its bytes are, relative to the server")
+    thumb_url: str | None = Field(None, description="where a small picture of it is (add `size`); none of a sound")
     mime: str
     captions: list[str]
     attributes: dict[str, AttributeValue]
@@ -136,6 +137,7 @@ _HIT_EXAMPLE: dict[str, Any] = {
     "item_id": "openmoji-1F34E",
     "modality": "image",
     "media_url": "/media/openmoji-1F34E",
+    "thumb_url": "/thumb/openmoji-1F34E",
     "mime": "image/png",
     "captions": ["red apple"],
     "attributes": {"group": "food-drink"},

@@ -9,15 +9,15 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from ace_core.config import Settings
-from ace_core.errors import AceError, QueryError, StoreError
+from ace_core.errors import AceError, MediaError, QueryError, StoreError
 from ace_core.items import Modality
+from ace_core.query import Hit
 from ace_core.segment import StoredItem
 from ace_store.store import Store
 from serve.auth import KeyRing
 from serve.calls import (
     Backend,
     ExampleCall,
-    Found,
     Options,
     Overloaded,
     Refusal,
@@ -31,6 +31,7 @@ from serve.gate import Admission
 from serve.metrics import Metrics
 from serve.problems import ProblemError, overloaded, refused
 from serve.schema import HitOut, ItemOut, PathStep, ReplicaOut, Result, SearchOptions, SearchResponse
+from serve.thumbs import Thumbnail, Thumbnails, ThumbSize
 
 _log = logging.getLogger("ace.serve")
 _PROBE_SECONDS = 5.0
@@ -52,6 +53,7 @@ class Service:
             max_wait_seconds=settings.serve.max_wait_seconds,
         )
         self.catalog = Catalog(settings.store)
+        self._thumbnails = Thumbnails(settings.limits)
         self._states: dict[str, tuple[ReplicaState, float]] = {}
         self._ready_until = 0.0
         self._following: set[asyncio.Task[None]] = set()
@@ -122,6 +124,19 @@ class Service:
                 self.metrics.rejected("deadline")
             raise refused(answer)
         return answer
+
+    async def thumbnail(self, item: StoredItem, size: ThumbSize, unless: str | None) -> Thumbnail:
+        """See :meth:`serve.thumbs.Thumbnails.of`.
+
+        Raises:
+            ProblemError: too many thumbnails are being made.
+            MediaError, StoreError: it has none, or its original cannot be read.
+        """
+        try:
+            return await self._thumbnails.of(item, size, unless)
+        except Overloaded:
+            self.metrics.rejected("thumbnails")
+            raise overloaded(1) from None
 
     # -- what is served --------------------------------------------------------------------------------------
 
@@ -225,6 +240,7 @@ class Service:
             yield
         finally:
             watching.cancel()
+            self._thumbnails.close()
 
     # -- shapes ----------------------------------------------------------------------------------------------
 
@@ -234,6 +250,7 @@ class Service:
             item_id=item.item_id,
             modality=item.modality,
             media_url=self.keys.sign(f"/media/{item.item_id}"),
+            thumb_url=self._thumb_url(item.item_id, item.modality),
             mime=item.mime,
             captions=list(item.captions),
             attributes=item.attributes,
@@ -243,15 +260,21 @@ class Service:
             end_seconds=item.end_seconds,
         )
 
-    def _hit(self, found: Found, explain: bool) -> HitOut:
-        path = [
-            PathStep(name=cluster_name(found.identifier[: level + 1]), token=token, probability=probability)
-            for level, (token, probability) in enumerate(zip(found.identifier, found.level_probs))
-        ]
+    def _thumb_url(self, item_id: str, modality: Modality) -> str | None:
+        return None if modality is Modality.AUDIO else self.keys.sign(f"/thumb/{item_id}")
+
+    def _hit(self, found: Hit, explain: bool) -> HitOut:
+        path = None
+        if explain:
+            path = [
+                PathStep(name=cluster_name(found.identifier[: level + 1]), token=token, probability=probability)
+                for level, (token, probability) in enumerate(zip(found.identifier, found.level_probs))
+            ]
         return HitOut(
             item_id=found.item_id,
-            modality=Modality(found.modality),
+            modality=found.modality,
             media_url=self.keys.sign(f"/media/{found.item_id}"),
+            thumb_url=self._thumb_url(found.item_id, found.modality),
             mime=found.mime,
             captions=list(found.captions),
             attributes=found.attributes,
@@ -262,7 +285,7 @@ class Service:
             score=found.score,
             similarity=found.similarity,
             log_prob=found.log_prob,
-            path=path if explain else None,
+            path=path,
         )
 
 
@@ -272,5 +295,5 @@ def _unavailable(detail: str) -> ProblemError:
 
 def problem_of(error: AceError) -> ProblemError:
     """The problem document of an error that the ingress itself met."""
-    status = 422 if isinstance(error, QueryError) else 503 if isinstance(error, StoreError) else 500
+    status = 422 if isinstance(error, QueryError | MediaError) else 503 if isinstance(error, StoreError) else 500
     return ProblemError(status, error.title, error.found, where=error.where, remedy=error.remedy)

@@ -21,10 +21,11 @@ from ace_core.errors import QueryError
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, write_manifest
 from ace_core.media.kinds import mime_of
+from ace_core.query import Hit
 from ace_core.segment_writer import write_segment
 from ace_core.snapshot import Snapshot, SnapshotManifest, part_ref, write_snapshot
 from ace_store.store import Store
-from serve.calls import ExampleCall, Found, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
+from serve.calls import ExampleCall, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
 
 VOCAB = (3, 8, 16, 16)
 THRESHOLD = 0.5
@@ -211,7 +212,7 @@ class WordBackend:
         stages = {"queue": 0.001, "search": 0.002}
         return Reply(self._state(snapshot), results, THRESHOLD, stages, len(texts), 20)
 
-    def _rank(self, snapshot: Snapshot, text: str, call: TextCall | ExampleCall) -> tuple[Found, ...]:
+    def _rank(self, snapshot: Snapshot, text: str, call: TextCall | ExampleCall) -> tuple[Hit, ...]:
         words = set(text.lower().split()) - {"a"}
         hits = []
         for segment, removed in zip(snapshot.segments, snapshot.removed):
@@ -224,10 +225,11 @@ class WordBackend:
                 share = len(words & set(" ".join(item.captions).lower().split())) / max(1, len(words))
                 score = 0.02 + 0.9 * share
                 hits.append(
-                    Found(
+                    Hit(
                         item_id=item.item_id,
                         score=score,
-                        modality=item.modality.value,
+                        modality=item.modality,
+                        uri=item.uri,
                         mime=item.mime,
                         captions=item.captions,
                         attributes=item.attributes,

@@ -154,16 +154,29 @@ def test_a_sound_shows_its_waveform_and_plays(site: Site, page: Page) -> None:
 
 
 def test_a_clip_shows_its_middle_and_plays_from_its_beginning(site: Site, page: Page) -> None:
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
     page.goto(f"{site.address}/?q=red&m=video")
     card = page.locator(".card[data-id='clips/red moves']")
+    expect(card.locator(".tile")).to_have_class(re.compile("white|whole"))  # its middle picture is there
     clip = card.locator("video").element_handle()
-    page.wait_for_function("v => v.currentTime > 0.3 && !v.seeking", arg=clip)
+    assert not any("/media/" in url for url in fetched), "nothing of the clip itself is fetched before it is played"
     page.evaluate(
         "v => { window.begun = new Promise(go => v.addEventListener('playing', () => go(v.currentTime))); }", clip
     )
     card.get_by_role("button", name="Play a red circle moves to the right").click()
     assert page.evaluate("window.begun") < 0.3
     expect(card.get_by_role("button", name="Pause a red circle moves to the right")).to_be_visible()
+
+
+def test_the_grid_shows_thumbnails_and_the_original_where_there_is_none(site: Site, page: Page) -> None:
+    page.goto(f"{site.address}/?q=red+circle&m=image")
+    shown = page.locator(".card[data-id=red-circle] img")
+    expect(shown).to_have_attribute("src", re.compile(r"^/thumb/red-circle\?size=(256|512)$"))
+    page.route("**/thumb/**", lambda route: route.fulfill(status=503))
+    page.reload()
+    expect(shown).to_have_attribute("src", re.compile("/media/red-circle$"))
+    page.wait_for_function("e => e.complete && e.naturalWidth === 96", arg=shown.element_handle())
 
 
 def test_modalities_and_filters_narrow_the_search(site: Site, page: Page) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,6 +138,30 @@ def test_light_settings_change_in_place(served: Served) -> None:
         assert min(seconds() for _ in range(5)) < 1.4
         with pytest.raises(Exception, match="max_batches"):
             searcher.reconfigure.remote({"max_batches": 4}).result()
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 4), (2, 3)])
+def test_the_settings_scale_the_replicas(tmp_path: Path, least: int, most: int) -> None:
+    chosen = ServeSettings(replicas=least, max_replicas=most, max_batch=12, scale_down_seconds=7, max_queued=33)
+    ingress = serve_app.build(Settings(store=str(tmp_path), serve=chosen))._bound_deployment
+    searcher = ingress.init_args[1]._bound_deployment
+    config = searcher._deployment_config
+    assert searcher.name == "Searcher" and config.max_queued_requests == 33
+    assert config.max_ongoing_requests >= 2 * 12  # or batches would starve
+    scaling = config.autoscaling_config
+    if least == most:
+        assert scaling is None and config.num_replicas == least
+    else:
+        assert scaling is not None
+        assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (least, most, 7)
+        assert scaling.target_ongoing_requests == 6  # half a batch each
+
+
+def test_the_ingress_needs_no_model() -> None:
+    """What its process imports: models would cost it seconds at the start, and memory."""
+    code = "import sys, serve.app, serve.http; print(sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_what_cannot_start_says_why(served: Served, tmp_path: Path) -> None:
