@@ -32,17 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ace_core.collective import Collective, LocalCollective, average_gradients, broadcast_parameters, share
 from ace_core.config import AlignerSettings
-from ace_core.errors import CorpusError, StoreError
-from ace_core.fitting import FitHooks, Progress, generator_for, warmup_cosine
+from ace_core.errors import StoreError
 from ace_core.items import MODALITIES, Modality
 from ace_core.space import unit_query
 
-_MAX_SCALE = 100.0
+MAX_SCALE = 100.0
 _BANK_SHARE = 64  # an item's popularity is its similarity to the nearest 1/64 of the bank
-_SMALLEST_BANK = 256
-_VALIDATION_QUERIES = 2000
 
 
 class _Head(nn.Module):
@@ -96,7 +92,7 @@ class Aligner(nn.Module):
     @property
     def scale(self) -> float:
         """The learned inverse temperature: logits are ``scale * similarity``."""
-        return float(self.log_scale.detach().exp().clamp(max=_MAX_SCALE))
+        return float(self.log_scale.detach().exp().clamp(max=MAX_SCALE))
 
     def tower_text(self, pooled: torch.Tensor) -> torch.Tensor:
         """The text head alone: pooled text features (n, E_p) -> (n, D - 1) float32, L2-normalised."""
@@ -238,156 +234,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
-
-
-def info_nce(text: torch.Tensor, items: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE with several positives.
-
-    Args:
-        text, items: (B, D) L2-normalised, row i of each is a pair.
-        scale: inverse temperature.
-        same: (B, B) bool, True where text i also describes item j (always on the diagonal).
-    """
-    logits = scale * text @ items.T
-    target = same.float()
-    return 0.5 * (
-        F.cross_entropy(logits, target / target.sum(1, keepdim=True))
-        + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
-    )
-
-
-def fit_aligner(
-    features: Mapping[Modality, np.ndarray],
-    pairs: CaptionPairs,
-    settings: AlignerSettings,
-    *,
-    validation: CaptionPairs | None = None,
-    collective: Collective | None = None,
-    hooks: FitHooks | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> tuple[Aligner, dict[str, float]]:
-    """Train the heads; every worker returns the same aligner (on CPU) and the last epoch's figures.
-
-    Args:
-        features: raw features (n_m, d_m) of each modality, all of the corpus on every worker.
-        pairs: captions to train on, all of them on every worker; each worker takes its share of every batch.
-        validation: held-out captions, both of items in ``pairs`` and of items that are not; they set the offset
-            between captioned items and others (without them, it makes their mean popularity equal).
-
-    Raises:
-        CorpusError: fewer than two captions.
-    """
-    collective = collective or LocalCollective()
-    hooks = hooks or FitHooks()
-    present = [m for m in MODALITIES if m in features and len(features[m])]
-    if len(pairs) < 2 or not present:
-        raise CorpusError(
-            f"there are {len(pairs)} captions to train on",
-            remedy="The aligner needs captions of at least some items: add a captions file, or use encoders whose "
-            "space is shared with text.",
-        )
-    torch.manual_seed(seed)
-    aligner = Aligner(pairs.pooled.shape[1], {m: features[m].shape[1] for m in present}, settings).to(device)
-    broadcast_parameters(aligner, collective)
-    offsets = dict(zip(present, np.cumsum([0, *(len(features[m]) for m in present)])))
-    tables = {m: torch.from_numpy(np.asarray(features[m], np.float32)).to(device) for m in present}
-    pooled = torch.from_numpy(np.asarray(pairs.pooled, np.float32)).to(device)
-    rows = torch.from_numpy(np.asarray(pairs.rows, np.int64)).to(device)
-    _, text_ids = np.unique(pairs.pooled, axis=0, return_inverse=True)
-    texts = torch.from_numpy(text_ids.reshape(-1)).to(device)
-
-    optimizer = torch.optim.AdamW(aligner.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    batch = min(settings.batch_size, len(pairs))
-    steps = max(1, len(pairs) // batch)
-    total = steps * settings.epochs
-    metrics: dict[str, float] = {}
-    aligner.train()
-    for epoch in range(settings.epochs):
-        order = torch.randperm(len(pairs), generator=generator_for(seed, epoch)).to(device)
-        losses = []
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warmup_cosine(epoch * steps + step, total)
-            chosen = order[step * batch : (step + 1) * batch][share(batch, collective)]
-            items = _item_batch(aligner, tables, offsets, rows[chosen])
-            same = (texts[chosen][:, None] == texts[chosen]) | (rows[chosen][:, None] == rows[chosen])
-            loss = info_nce(
-                aligner.tower_text(pooled[chosen]), items, aligner.log_scale.exp().clamp(max=_MAX_SCALE), same
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            average_gradients(aligner.parameters(), collective)
-            optimizer.step()
-            losses.append(loss.detach())
-        metrics = {"loss": float(torch.stack(losses).mean()), "scale": aligner.scale}
-        hooks.on_progress(Progress("aligner", (epoch + 1) * steps, total, metrics))
-    aligner = aligner.cpu().eval()
-    offset = _fit_popularity(aligner, features, pairs, validation, seed)
-    return aligner, metrics | {"captioned_offset": offset}
-
-
-@torch.inference_mode()
-def _fit_popularity(
-    aligner: Aligner,
-    features: Mapping[Modality, np.ndarray],
-    pairs: CaptionPairs,
-    validation: CaptionPairs | None,
-    seed: int,
-) -> float:
-    """Fill the bank with training captions, then set the offset of captioned items; returns it.
-
-    The offset (and, for the comparison, a temperature) maximises the likelihood of validation queries over all
-    items, queries of captioned items and of others weighing the same.
-    """
-    distinct = np.unique(np.asarray(pairs.pooled, np.float32), axis=0)
-    if len(distinct) >= _SMALLEST_BANK and aligner.settings.popularity:
-        order = torch.randperm(len(distinct), generator=generator_for(seed, 5)).numpy()
-        bank = torch.from_numpy(aligner.text_vectors(distinct[np.sort(order[: aligner.settings.bank])])[:, :-1].copy())
-        aligner.bank = bank.half()
-    items = aligner.item_vectors(features, pairs)
-    captioned = np.zeros(len(items), bool)
-    captioned[pairs.rows] = True
-    aligner.centre.fill_(float(-items[:, -1].mean()))
-    items[:, -1] += float(aligner.centre)
-    if captioned.all() or not aligner.settings.caption_memory:
-        return 0.0
-    known = None if validation is None else captioned[validation.rows]
-    if validation is None or known is None or known.all() or not known.any():
-        offset = float(items[captioned, -1].mean() - items[~captioned, -1].mean())
-    else:
-        offset = _best_offset(aligner, items, captioned, validation, known)
-    aligner.offset.fill_(offset)
-    return offset
-
-
-def _best_offset(
-    aligner: Aligner, items: np.ndarray, captioned: np.ndarray, validation: CaptionPairs, known: np.ndarray
-) -> float:
-    half = _VALIDATION_QUERIES // 2
-    chosen = np.concatenate([np.flatnonzero(known)[:: max(1, known.sum() // half)],
-                             np.flatnonzero(~known)[:: max(1, (~known).sum() // half)]])  # fmt: skip
-    queries = aligner.text_vectors(validation.pooled[chosen])
-    scores = torch.from_numpy(queries @ items.T)
-    gold = torch.from_numpy(np.asarray(validation.rows, np.int64)[chosen])
-    mine = torch.from_numpy(known[chosen])
-    shift = torch.from_numpy(captioned).float()
-    best = (float("inf"), 0.0)
-    for offset in np.arange(-0.05, 0.2001, 0.01):
-        for scale in (15.0, 25.0, 40.0):
-            losses = F.cross_entropy(scale * (scores - float(offset) * shift), gold, reduction="none")
-            best = min(best, (float(losses[mine].mean() + losses[~mine].mean()), float(offset)))
-    return best[1]
-
-
-def _item_batch(
-    aligner: Aligner, tables: dict[Modality, torch.Tensor], offsets: dict[Modality, int], rows: torch.Tensor
-) -> torch.Tensor:
-    """Vectors (B, D) of items given by corpus row, each through the head of its modality."""
-    out = torch.empty(len(rows), aligner.dim - 1, device=rows.device)
-    for modality, table in tables.items():
-        local = rows - int(offsets[modality])
-        mine = (local >= 0) & (local < len(table))
-        if bool(mine.any()):
-            out = out.index_put((mine.nonzero().squeeze(1),), aligner.tower_item(modality, table[local[mine]]))
-    return out

@@ -55,6 +55,18 @@ class LimitSettings(Section):
     isolate: bool = Field(True, description="decode in child processes: a crash or a hang costs one file, not the job")
 
 
+class SegmentSettings(Section):
+    """Long sounds and videos are cut into segments, each an item of its own with a start and an end."""
+
+    audio_seconds: float = Field(60, ge=0, description="length of a sound's segments; 0 leaves sounds whole")
+    video_seconds: float = Field(30, ge=0, description="length of a video's segments; 0 leaves videos whole")
+    overlap: float = Field(0.1, ge=0, le=0.9, description="share of a segment that the next one has too")
+
+    def seconds(self, modality: Modality) -> float:
+        """Length of the segments of a modality; 0 for none."""
+        return {Modality.AUDIO: self.audio_seconds, Modality.VIDEO: self.video_seconds}.get(modality, 0.0)
+
+
 class TextEncoderSettings(Section):
     """The frozen text encoder that queries and captions go through."""
 
@@ -70,7 +82,12 @@ class MediaEncoderSettings(Section):
     kind: Literal["efficientnet-lite0", "log-mel", "frames", "transformers"]
     path: str | None = Field(None, description="model folder or hub name (kind: transformers)")
     frames: int = Field(4, ge=2, le=64, description="frames sampled from a video (kind: frames, transformers)")
-    batch_size: int = Field(16, ge=1, description="items encoded together")
+    sampling: Literal["uniform", "scenes"] = Field(
+        "uniform", description="which frames: at equal distances, or of each scene of the video (decodes it twice)"
+    )
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="items encoded together; auto tries on the device what is fastest"
+    )
 
 
 class EncoderSettings(Section):
@@ -203,6 +220,20 @@ class EvaluationSettings(Section):
     bootstrap: int = Field(1000, ge=10, description="resamples of the confidence intervals")
 
 
+class CaptionSettings(Section):
+    """What `ace caption` writes about items that have no caption."""
+
+    image: str | None = Field(
+        None, description="captioner of pictures and video frames, a model folder or hub name (BLIP, GIT, ...)"
+    )
+    audio: str | None = Field(None, description="captioner of sounds, of a speech-to-text class (Whisper and its like)")
+    per_item: int = Field(3, ge=1, le=20, description="captions sampled for one item (of a video: frames captioned)")
+    max_tokens: int = Field(30, ge=2, description="tokens of a caption")
+    top_p: float = Field(0.9, gt=0, le=1, description="share of the likeliest tokens that a word is drawn from")
+    similarity: float = Field(0.95, ge=-1, le=1.01, description="captions of an item as similar as this count as one")
+    batch_size: int = Field(8, ge=1, description="items captioned together")
+
+
 class ServeSettings(Section):
     """The HTTP server."""
 
@@ -242,6 +273,11 @@ class ComputeSettings(Section):
     max_failures: int = Field(2, ge=0, description="times a fit resumes from its checkpoint after losing a worker")
     seed: int = Field(0, description="seed of every random choice")
 
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What workers and encoders compute on."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
 
 class Settings(Section):
     """Everything one corpus needs, from ingestion to serving."""
@@ -249,6 +285,7 @@ class Settings(Section):
     store: str = Field("store", description="folder or s3:// prefix for everything ACE writes")
     corpus: CorpusSettings = CorpusSettings()
     limits: LimitSettings = LimitSettings()
+    segments: SegmentSettings = SegmentSettings()
     encoders: EncoderSettings = EncoderSettings()
     split: SplitSettings = SplitSettings()
     aligner: AlignerSettings = AlignerSettings()
@@ -257,6 +294,7 @@ class Settings(Section):
     search: SearchSettings = SearchSettings()
     publish: PublishSettings = PublishSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    caption: CaptionSettings = CaptionSettings()
     serve: ServeSettings = ServeSettings()
     compute: ComputeSettings = ComputeSettings()
 
@@ -327,8 +365,10 @@ def _absolute(settings: Settings) -> Settings:
         name: (section := getattr(settings.encoders, name)).model_copy(update={"path": model(section.path)})
         for name in EncoderSettings.model_fields
     }
+    captioners = {name: model(getattr(settings.caption, name)) for name in ("image", "audio")}
     return settings.model_copy(
         update={
+            "caption": settings.caption.model_copy(update=captioners),
             "store": of(settings.store),
             "corpus": settings.corpus.model_copy(
                 update={"path": of(settings.corpus.path), "root": of(settings.corpus.root)}

@@ -15,6 +15,7 @@ import torch
 
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
+from ace_core.pool import pooled
 from ace_core.query import QueryBatch
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import MaskAddresses, Masks, Rows, Walk
@@ -183,10 +184,17 @@ def search_candidates(
     settings: SearchSettings,
     beam: int | None = None,
 ) -> Candidates:
-    """Search in the mode, and with the widths, of ``settings``; ``beam`` takes the place of ``settings.beam``."""
+    """Search in the mode, and with the widths, of ``settings``; ``beam`` takes the place of ``settings.beam``.
+
+    Where a beam's candidates are ranked again (``settings.rerank``), drafted ones join them (``settings.pool``) with
+    the log-probabilities of the one-shot heads.
+    """
     beam = beam or settings.beam
     if settings.mode == "beam":
-        return beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish)
+        found = beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish)
+        if not (settings.pool and settings.rerank):
+            return found
+        return pooled(found, one_shot_search(model, query, segments, masks, draft=settings.pool))
     search = one_shot_search if settings.mode == "one-shot" else verified_search
     return search(model, query, segments, masks, draft=max(settings.draft, beam))
 

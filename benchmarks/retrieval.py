@@ -6,254 +6,44 @@ Splits: training items keep one caption back (half of those validate, half ask f
 items are *unseen*: in the index, without captions. Half of the test items are *present* when quantizer and generator
 are fitted, half are *added* afterwards. Everything that is chosen is chosen on validation queries.
 
+With several sets of different modalities (``--set tuxpaint_stamps,esc10,fluent_emoji_anim``) the part ``mixed``
+compares one generator for all with one for each. Figures with ``--json`` are drawn by ``python -m benchmarks.plots``.
+
 The rival is the aligner's two heads with exact search (Aligner.tower_*), the same heads that ACE is built on.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ace_core.aligner import Aligner, CaptionPairs, fit_aligner
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings
-from ace_core.constraint import ConstraintIndex
-from ace_core.decoding import Candidates, beam_search, one_shot_search, verified_search
 from ace_core.evaluation import Interval, compare, compare_unpaired, exact_ranks, ivf_results, ranks_in, summarise
-from ace_core.fitting import FitHooks, Progress
-from ace_core.generator.data import TrainingData
-from ace_core.generator.model import Generator
-from ace_core.generator.training import fit_generator
-from ace_core.identifiers import sort_order
-from ace_core.manifest import fingerprint
 from ace_core.quantize.fit import fit_quantizer
-from ace_core.query import QueryBatch
-from ace_core.ranking import Ranker, fit_ranker
-from ace_core.scoring import Gallery, StoredVectors, similarity
+from ace_core.scoring import StoredVectors
 from benchmarks.measure import table
-from benchmarks.retrieval_data import DataSet, TextTable, load_set, text_table
+from benchmarks.retrieval_curves import curves
+from benchmarks.retrieval_data import load_sets, text_table
+from benchmarks.retrieval_system import (
+    ONE_SHOT,
+    VERIFIED,
+    Queries,
+    Spaces,
+    System,
+    World,
+    beam_of,
+    fit_spaces,
+    joint_and_alone,
+    make_world,
+)
 
 _QUERIES_AT_ONCE = 250
-_DRAFT = 200
-_SEEN_QUERIES = 2500
-_RANKING_QUERIES = 600
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Captions that ask: ``at`` (n,) into the text table, ``gold`` (n,) item rows."""
-
-    at: np.ndarray
-    gold: np.ndarray
-
-
-@dataclass(frozen=True)
-class World:
-    """A set, its texts and who is who.
-
-    Attributes:
-        train: captions that are trained on. validation: unseen, then seen. unseen, seen: what the tables ask.
-        present: (N,) bool, items that the quantizer and the generator are fitted on.
-    """
-
-    data: DataSet
-    text: TextTable
-    train: np.ndarray
-    validation: np.ndarray
-    unseen: Queries
-    seen: Queries
-    present: np.ndarray
-
-    @property
-    def test_items(self) -> np.ndarray:
-        return np.flatnonzero(self.data.split == "test")
-
-    def pairs(self, at: np.ndarray) -> CaptionPairs:
-        return CaptionPairs(self.text.pooled[at], self.data.rows[at])
-
-
-def make_world(data: DataSet, text: TextTable, most_queries: int) -> World:
-    """Deal captions and items to their parts; at most so many queries of each kind, evenly spread."""
-    split = data.split[data.rows]
-    counts = np.bincount(data.rows, minlength=len(data.split))
-    last = (data.position == counts[data.rows] - 1) & (counts[data.rows] > 1)
-    kept = np.flatnonzero((split == "train") & last)
-    kept = kept[:: max(1, len(kept) // _SEEN_QUERIES)]
-    test = np.flatnonzero(split == "test")
-    test = test[:: max(1, -(-len(test) // most_queries))]
-    seen = kept[1::2][:most_queries]
-    tested = np.flatnonzero(data.split == "test")
-    present = np.ones(len(data.split), bool)
-    present[tested[1::2]] = False
-    return World(
-        data=data,
-        text=text,
-        train=np.flatnonzero((split == "train") & ~last),
-        validation=np.concatenate([np.flatnonzero(split == "val"), kept[::2]]),
-        unseen=Queries(test, data.rows[test]),
-        seen=Queries(seen, data.rows[seen]),
-        present=present,
-    )
-
-
-class System:
-    """One ACE: quantizer and generator on an aligned space, with everything that a search needs."""
-
-    def __init__(
-        self, world: World, vectors: np.ndarray, queries: np.ndarray, scale: float, *,
-        quantizer: QuantizerSettings, generator: GeneratorSettings, captions: np.ndarray,
-        plain: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """Fit.
-
-        Args:
-            vectors: (N, D) items. queries: (C, D) every caption's vector. scale: of the aligned space.
-            captions: those that the generator is trained on.
-            plain: (N, D) items without their captions' share.
-        """
-        self.world, self.vectors, self.queries = world, vectors, queries
-        tokens = np.full(len(vectors), world.data.modality.token)
-        here = np.flatnonzero(world.present)
-        self.quantizer, _ = fit_quantizer(
-            vectors[here], tokens[here], quantizer, queries=queries[captions] if len(captions) else None
-        )
-        self.codes = self.quantizer.assign(vectors, tokens)
-        local = np.full(len(vectors), -1)
-        local[here] = np.arange(len(here))
-        text = world.text
-        training = TrainingData(
-            vectors=vectors[here],
-            codes=self.codes[here],
-            query_vectors=queries[captions],
-            hidden=np.asarray(text.hidden[captions]),
-            mask=text.mask[captions],
-            rows=local[world.data.rows[captions]],
-            teacher_scale=scale,
-            plain_vectors=None if plain is None else plain[here],
-        )
-        torch.manual_seed(0)
-        model = Generator(generator, self.quantizer, text.hidden.shape[3], text.hidden.shape[1])
-        begin = time.perf_counter()
-        self.model, self.report = fit_generator(model, training, generator, hooks=FitHooks(on_progress=_show))
-        self.seconds = time.perf_counter() - begin
-        self.ranker = Ranker(generator=0.0, similarity=scale)
-        self._found: dict[tuple[str, int, int, int, int], tuple[Candidates, np.ndarray, np.ndarray]] = {}
-
-    def batch(self, at: np.ndarray) -> QueryBatch:
-        mask = self.world.text.mask[at]
-        longest = int(mask.sum(1).max())
-        hidden = np.asarray(self.world.text.hidden[at])[:, :, :longest].astype(np.float32)
-        return QueryBatch(
-            torch.from_numpy(self.queries[at]), torch.from_numpy(hidden), torch.from_numpy(mask[:, :longest].copy())
-        )
-
-    def gallery(self, rows: np.ndarray) -> tuple[Gallery, np.ndarray]:
-        """Items as a searched segment, and the corpus row of each."""
-        order = rows[sort_order(self.codes[rows], self.quantizer.vocab_sizes)]
-        index = ConstraintIndex.build(self.codes[order], self.quantizer.vocab_sizes)
-        return Gallery(index, self.codes[order], StoredVectors.of(self.vectors[order])), order
-
-    def find(
-        self, at: np.ndarray, rows: np.ndarray, mode: str, width: int
-    ) -> tuple[Candidates, np.ndarray, np.ndarray]:
-        """Candidates of the queries ``at``, their corpus rows (n, c; -1 where not valid) and similarities (n, c)."""
-        gallery, order = self.gallery(rows)
-        found, similar = [], []
-        for i in range(0, len(at), _QUERIES_AT_ONCE):
-            query = self.batch(at[i : i + _QUERIES_AT_ONCE])
-            if mode == "beam":
-                part = beam_search(self.model, query, [gallery.index], beam=width, limit=width)
-            else:
-                search = verified_search if mode == "verify" else one_shot_search
-                part = search(self.model, query, [gallery.index], draft=width, limit=width)
-            with torch.inference_mode():
-                refined = self.model.refine(query).numpy()
-            similar.append(similarity(refined, part, [gallery], self.quantizer))
-            found.append(part)
-        whole = _joined(found)
-        return whole, np.where(whole.valid, order[whole.row], -1), _padded(similar, whole.valid.shape[1])
-
-    def fit_ranking(self) -> None:
-        """Learn the mix on validation queries in the gallery of everything."""
-        at = self.world.validation
-        at = at[:: max(1, len(at) // _RANKING_QUERIES)]
-        found, rows, similar = self.find(at, np.arange(len(self.vectors)), "verify", _DRAFT)
-        right = self.right(rows, self.world.data.rows[at])
-        self.ranker = fit_ranker(found.log_prob, similar, right, valid=found.valid, start=self.ranker)
-
-    def right(self, rows: np.ndarray, gold: np.ndarray) -> np.ndarray:
-        twins = self.world.data.twins
-        return rows == gold[:, None] if twins is None else (twins[rows] == twins[gold][:, None]) & (rows >= 0)
-
-    def ranks(
-        self, asked: Queries, rows: np.ndarray, *, mode: str = "verify", width: int = _DRAFT, alone: bool = False
-    ) -> np.ndarray:
-        """Ranks of the golds: by the ranker, or (``alone``) by the generator's log-probability."""
-        key = (mode, width, len(rows), len(asked.at), int(asked.at[0]))
-        if key not in self._found:  # one search serves both orders
-            self._found = {key: self.find(asked.at, rows, mode, width)}
-        found, items, similar = self._found[key]
-        ranker = Ranker(generator=1.0, similarity=0.0) if alone else self.ranker
-        order = np.argsort(-ranker.score(found.log_prob, similar, found.valid), axis=1, kind="stable")
-        return ranks_in(np.take_along_axis(items, order, 1), asked.gold, self.world.data.twins)
-
-
-def _joined(parts: Sequence[Candidates]) -> Candidates:
-    width = max(p.valid.shape[1] for p in parts)
-    arrays = {
-        name: _padded([getattr(p, name) for p in parts], width)
-        for name in ("valid", "segment", "row", "log_prob", "level_log_prob", "codes")
-    }
-    return Candidates(**arrays)
-
-
-def _padded(parts: Sequence[np.ndarray], width: int) -> np.ndarray:
-    out = [np.pad(p, [(0, 0), (0, width - p.shape[1])] + [(0, 0)] * (p.ndim - 2)) for p in parts]
-    return np.concatenate(out)
-
-
-def _show(progress: Progress) -> None:
-    if progress.step % 50 == 0:
-        print(f"    {progress.stage} {progress.step}/{progress.total} loss {progress.metrics['loss']:.3f}", flush=True)
-
-
-@dataclass(frozen=True)
-class Spaces:
-    """The aligned space: ACE's vectors, the plain tower's, and the scale."""
-
-    aligner: Aligner
-    items: np.ndarray
-    plain: np.ndarray
-    queries: np.ndarray
-    tower_items: np.ndarray
-    tower_queries: np.ndarray
-
-
-def fit_spaces(world: World, settings: AlignerSettings, cache: Path) -> Spaces:
-    """Fit the aligner, or read the one that an earlier run fitted to the same data with the same settings."""
-    features = {world.data.modality: world.data.features}
-    train = world.pairs(world.train)
-    known = hashlib.sha256(world.data.features.tobytes() + train.rows.tobytes() + world.validation.tobytes())
-    folder = cache / f"aligner.{fingerprint(world.data.name, settings.model_dump(), known.hexdigest())}"
-    if folder.is_dir():
-        aligner = Aligner.load(folder)
-    else:
-        aligner, metrics = fit_aligner(features, train, settings, validation=world.pairs(world.validation))
-        print(f"  aligner: {metrics}", flush=True)
-        aligner.save(folder)
-    queries = aligner.text_vectors(world.text.pooled)
-    with torch.inference_mode():
-        tower = aligner.tower_item(world.data.modality, torch.from_numpy(world.data.features)).numpy()
-    plain = aligner.item_vectors(features)
-    return Spaces(aligner, aligner.item_vectors(features, train), plain, queries, tower, queries[:, :-1])
+_DRAFT = VERIFIED.draft
 
 
 class Report:
@@ -303,13 +93,14 @@ def measure(world: World, spaces: Spaces, system: System, report: Report) -> Non
         corrected = exact(spaces.queries, spaces.items)
         ceiling = exact(spaces.queries, rebuilt)
         lists = max(4, int(len(gallery) ** 0.5))
-        found = ivf_results(
+        probed = ivf_results(
             spaces.tower_queries[q.at], spaces.tower_items[gallery], lists=lists, probes=max(1, lists // 16), k=10
         )
-        ivf = ranks_in(np.where(found >= 0, gallery[found], -1), q.gold, twins)
+        ivf = ranks_in(np.where(probed >= 0, gallery[probed], -1), q.gold, twins)
         best, alone = system.ranks(q, gallery), system.ranks(q, gallery, alone=True)
-        one_shot = system.ranks(q, gallery, mode="one-shot", alone=True)
-        beams = {b: system.ranks(q, gallery, mode="beam", width=b) for b in (10, 100)}
+        one_shot = system.ranks(q, gallery, ONE_SHOT, alone=True)
+        beams = {b: system.ranks(q, gallery, beam_of(b)) for b in (10, 100)}
+        bare = {b: system.ranks(q, gallery, beam_of(b, pool=0)) for b in (10, 100)}
         methods = {
             "dual tower, exact": rival,
             "dual tower, FAISS IVF 1/16": ivf,
@@ -317,8 +108,10 @@ def measure(world: World, spaces: Spaces, system: System, report: Report) -> Non
             "ACE codes, exact (ceiling)": ceiling,
             "generator alone, one-shot": one_shot,
             "generator alone, verified": alone,
-            "ACE, beam 10 + 8-bit vectors": beams[10],
-            "ACE, beam 100 + 8-bit vectors": beams[100],
+            "ACE, beam 10 without a pool": bare[10],
+            "ACE, beam 100 without a pool": bare[100],
+            "ACE, beam 10": beams[10],
+            "ACE, beam 100": beams[100],
             "ACE, verified + 8-bit vectors": best,
         }
         for what, ranks in methods.items():
@@ -332,6 +125,10 @@ def measure(world: World, spaces: Spaces, system: System, report: Report) -> Non
         report.note(f"{name}_alone_vs_ceiling_r1", compare(alone, ceiling, 1, **options))
         report.note(f"{name}_ceiling_r1_vs_exact", compare(ceiling, corrected, 1, **options))
         report.note(f"{name}_beam10_minus_beam100_r10", compare(beams[10], beams[100], 10, difference=True, **options))
+        report.note(
+            f"{name}_beam10_minus_beam100_without_pool_r10",
+            compare(bare[10], bare[100], 10, difference=True, **options),
+        )
         if name == "unseen_all":
             added = ~world.present[q.gold]
             report.note("added_minus_present_r10", compare_unpaired(best[added], best[~added], 10, resamples=resamples))
@@ -342,14 +139,20 @@ def measure(world: World, spaces: Spaces, system: System, report: Report) -> Non
         for suffix in ("", "_interval"):
             report.figures[target + suffix] = report.figures[source + suffix]
     health = system.quantizer.health(system.codes, system.vectors)
-    report.figures["collision_rate"] = health.collision_rate
+    report.note("collision_rate", _share(health.collision_rate, health.items, resamples))
     report.figures["health"] = health.as_dict()
+
+
+def _share(value: float, count: int, resamples: int) -> Interval:
+    draws = np.random.default_rng(0).binomial(count, value, resamples) / count
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def untrained(world: World, spaces: Spaces, settings: QuantizerSettings, report: Report) -> None:
     """What the heads give before any training (they start as the codebooks): the best 200 by q · x̂, re-ranked by
     8-bit vectors. All in NumPy, for all queries in a minute."""
-    tokens, here = np.full(len(spaces.items), world.data.modality.token), np.flatnonzero(world.present)
+    tokens, here = world.data.tokens, np.flatnonzero(world.present)
     everything = np.arange(len(spaces.items))
     cases = {"untrained": (spaces.items, spaces.queries[world.train]), "untrained_no_caption": (spaces.plain, None)}
     for case, (items, asked) in cases.items():
@@ -382,7 +185,7 @@ def no_captions(
     world: World, spaces: Spaces, quantizer: QuantizerSettings, generator: GeneratorSettings, report: Report
 ) -> None:
     """The aligned space as if it had come with its encoders: no caption reaches index, quantizer or generator."""
-    items = spaces.aligner.item_vectors({world.data.modality: world.data.features})
+    items = spaces.plain
     system = System(
         world, items, spaces.queries, spaces.aligner.scale, quantizer=quantizer, generator=generator,
         captions=np.empty(0, np.int64),
@@ -439,10 +242,26 @@ def ablation(
     report.show("ablation: generator alone, unseen items")
 
 
+def mixed(systems: dict[str, System], world: World, report: Report) -> None:
+    """One generator for all modalities against one for each, every query in the gallery of its own modality."""
+    for name, rows in world.data.rows_of_modality().items():
+        for kind, asked in (("unseen", world.unseen.of(rows)), ("seen", world.seen.of(rows))):
+            if not len(asked.at):
+                continue
+            ranks = {which: systems[which].ranks(asked, rows) for which in ("joint", name)}
+            for which, found in ranks.items():
+                report.row(f"{name}, {kind}: {which} generator", found, len(rows), asked.gold)
+            difference = compare(
+                ranks["joint"], ranks[name], 10, groups=asked.gold, resamples=report.resamples, difference=True
+            )
+            report.note(f"mixed_{name}_{kind}_joint_minus_alone_r10", difference)
+    report.show("one generator for several modalities, and one for each")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
-    parser.add_argument("--set", default="flickr8k", help="which set")
+    parser.add_argument("--set", default="flickr8k", help="which set, or several of different modalities: a,b,c")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument(
         "--cache", type=Path, help="folder for features computed on the way (default: FOLDER of --json)"
@@ -450,7 +269,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, in a minute or two")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
     parser.add_argument("--generator", action="append", default=[], metavar="KEY=VALUE", help="a generator setting")
-    parser.add_argument("--parts", default="untrained,main,no-captions,ablation", help="which tables")
+    parser.add_argument(
+        "--parts", default="untrained,main,no-captions,ablation", help="which tables; also: curves, mixed"
+    )
     parser.add_argument("--ablation-captions", type=int, default=4000, help="captions that ablated generators train on")
     args = parser.parse_args()
     if args.quick:
@@ -458,7 +279,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cache = args.cache or (args.json.parent if args.json else Path.cwd())
     cache.mkdir(parents=True, exist_ok=True)
-    data = load_set(args.data, args.set, cache, most=60 if args.quick else None)
+    data = load_sets(args.data, args.set, cache, most=60 if args.quick else None)
     world = make_world(data, text_table(data.captions, cache), args.queries)
     aligner, quantizer, generator = AlignerSettings(), QuantizerSettings(), GeneratorSettings()
     if args.quick:
@@ -490,9 +311,15 @@ def main() -> None:
         system.fit_ranking()
         report.figures["generator_seconds"] = round(system.seconds)
         report.figures["ranker"] = [system.ranker.generator, system.ranker.similarity]
-        print(f"  generator: {system.seconds:.0f} s; ranker {system.ranker}", flush=True)
+        print(
+            f"  generator: {system.seconds:.0f} s; refinement {system.model.refinement:.2f}, {system.ranker}",
+            flush=True,
+        )
         measure(world, spaces, system, report)
         written()
+        if "curves" in parts:
+            curves(world, spaces, system, report.figures)
+            written()
     if "no-captions" in parts:
         no_captions(world, spaces, quantizer, generator.model_copy(update={"r_drop": 0.0}), report)
         written()
@@ -500,6 +327,9 @@ def main() -> None:
         chosen = world.train[:: max(1, len(world.train) // args.ablation_captions)]
         small = generator.model_copy(update={"epochs": 1 if args.quick else 3})
         ablation(world, spaces, quantizer, small, chosen, report)
+        written()
+    if "mixed" in parts:
+        mixed(dict(joint_and_alone(world, cache, aligner, quantizer, generator)), world, report)
         written()
 
 

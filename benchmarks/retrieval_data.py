@@ -43,21 +43,56 @@ class DataSet:
     """One set.
 
     Attributes:
-        name, modality: which.
-        features: (N, d) float32, raw item features.
+        name: which; several joined by commas.
+        features: (n_m, d_m) float32 raw item features of each modality; all rows below count them in this order.
         split: (N,) "train", "val" or "test".
         captions: texts, and ``rows`` (C,) the item and ``position`` (C,) the place among its item's captions of each.
         twins: (N,) groups of items that are equally right (a class, where captions describe classes), or None.
     """
 
     name: str
-    modality: Modality
-    features: np.ndarray
+    features: dict[Modality, np.ndarray]
     split: np.ndarray
     captions: list[str]
     rows: np.ndarray
     position: np.ndarray
     twins: np.ndarray | None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(N,) the modality token of each item."""
+        return np.concatenate([np.full(len(f), m.token) for m, f in self.features.items()])
+
+    def rows_of_modality(self) -> dict[str, np.ndarray]:
+        """Item rows of each modality."""
+        return {m.value: np.flatnonzero(self.tokens == m.token) for m in self.features}
+
+
+def load_sets(data: Path, names: str, cache: Path, *, most: int | None = None) -> DataSet:
+    """Read one set, or several of different modalities as one corpus (``a,b,c``).
+
+    Raises:
+        CorpusError: the folder lacks a set, or two of them have one modality.
+    """
+    sets = [load_set(data, name, cache, most=most) for name in names.split(",")]
+    sets.sort(key=lambda s: next(iter(s.features)).token)
+    features = {m: f for s in sets for m, f in s.features.items()}
+    if len(features) != len(sets):
+        raise CorpusError(f"two of {names} have one modality", remedy="Name one set of each modality.")
+    starts = np.cumsum([0, *(len(s.split) for s in sets)])
+    twins = None
+    if any(s.twins is not None for s in sets):  # an item without a class is its own
+        groups = [start + (np.arange(len(s.split)) if s.twins is None else s.twins) for s, start in zip(sets, starts)]
+        twins = np.concatenate(groups)
+    return DataSet(
+        name=names,
+        features=features,
+        split=np.concatenate([s.split for s in sets]),
+        captions=[c for s in sets for c in s.captions],
+        rows=np.concatenate([s.rows + start for s, start in zip(sets, starts)]),
+        position=np.concatenate([s.position for s in sets]),
+        twins=twins,
+    )
 
 
 def load_set(data: Path, name: str, cache: Path, *, most: int | None = None) -> DataSet:
@@ -87,8 +122,7 @@ def load_set(data: Path, name: str, cache: Path, *, most: int | None = None) -> 
     labels = np.unique([e.get("label") or "" for e in entries], return_inverse=True)[1].reshape(-1)
     return DataSet(
         name=name,
-        modality=MODALITY[name],
-        features=features,
+        features={MODALITY[name]: features},
         split=split,
         captions=[c for _, _, c in pairs],
         rows=np.array([r for r, _, _ in pairs], np.int64),

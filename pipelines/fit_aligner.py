@@ -50,7 +50,7 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
 
 
 def _fit(context: FitContext) -> dict[str, Any]:
-    from ace_core.aligner import fit_aligner
+    from ace_core.aligner_training import fit_aligner
 
     corpus = load_corpus(context.store, context.inputs["features"], context.settings)
     captions = load_captions(context.store, context.inputs["texts"])

@@ -86,7 +86,6 @@ def _fit(context: FitContext) -> dict[str, Any]:
     )
     metrics: dict[str, Any] = {"loss": report.final, "steps": len(report.losses), "captions": len(chosen)}
     if context.collective.rank == 0:  # the others are done: nothing below is shared work
-        generator.save(context.folder)
         metrics |= learn_ranking(
             context.folder,
             generator=generator,
@@ -100,4 +99,5 @@ def _fit(context: FitContext) -> dict[str, Any]:
             stored=settings.publish.vectors == "int8",
             seed=settings.compute.seed,
         )
+        generator.save(context.folder)
     return metrics

@@ -15,6 +15,7 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import Candidates, search_candidates
 from ace_core.features import Pairs
 from ace_core.generator.model import Generator
+from ace_core.generator.refinement import choose_refinement
 from ace_core.identifiers import sort_order
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
@@ -58,7 +59,8 @@ def learn_ranking(
     stored: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """Fit the ranking on validation queries and write it to the generator's folder.
+    """Fit the ranking on validation queries and write it to the generator's folder; first of all choose how much of
+    its learned correction the generator adds to a query (it must be saved afterwards).
 
     Args:
         queries: captions of validation items, rows into ``vectors``.
@@ -76,10 +78,14 @@ def learn_ranking(
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     gold = place[queries.rows]
+    refinement = float(generator.refinement)
+    if len(queries) >= MIN_QUERIES:
+        batches = caption_batches(queries.texts, captions, aligner)
+        refinement = choose_refinement(generator, batches, queries.rows, vectors, seed=seed)
     refined, candidates = _search(generator, queries, captions, aligner, gallery, settings)
     if len(queries) < MIN_QUERIES:
         Ranker().save(folder / RANKING_NAME)
-        return {"validation_queries": len(queries)}
+        return {"validation_queries": len(queries), "refinement": refinement}
     similar = similarity(refined, candidates, [gallery], quantizer)
     right = candidates.valid & (candidates.row == gold[:, None])
     ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid)
@@ -89,6 +95,7 @@ def learn_ranking(
     rank = np.where(right.any(1), (score > own[:, None]).sum(1), score.shape[1])
     return {
         "validation_queries": len(queries),
+        "refinement": refinement,
         "validation_recall_1": float((rank < 1).mean()),
         "validation_recall_10": float((rank < 10).mean()),
         "validation_reached": float(right.any(1).mean()),

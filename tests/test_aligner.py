@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ace_core.aligner import Aligner, CaptionPairs, fit_aligner, info_nce
+from ace_core.aligner import Aligner, CaptionPairs
+from ace_core.aligner_training import fit_aligner, info_nce
 from ace_core.config import AlignerSettings
 from ace_core.errors import CorpusError, StoreError
-from ace_core.fitting import FitHooks, Progress
+from ace_core.fitting import Checkpoint, FitHooks, Progress
 from ace_core.items import Modality
 from ace_core.space import unit_query
 
@@ -97,6 +98,19 @@ def test_training_is_deterministic_and_reports(world: World) -> None:
         torch.testing.assert_close(a, b)
     assert [p.step for p in seen] == [p.total // 2 for p in seen[:1]] + [seen[-1].total]
     assert figures["loss"] > 0 and figures["scale"] > 1
+
+
+def test_a_killed_fit_goes_on_as_if_nothing_had_happened(world: World) -> None:
+    short = SETTINGS.model_copy(update={"epochs": 3})
+    saved: list[Checkpoint] = []
+    hooks = FitHooks(save_checkpoint=saved.append, checkpoint_seconds=0)
+    whole, figures = fit_aligner(world.features, world.train, short, hooks=hooks)
+    assert len(saved) == 3 * (len(world.train) // 64) - 1  # after every step but the last
+    for checkpoint in (saved[len(saved) // 2], saved[len(world.train) // 64 - 1], saved[-1]):
+        resumed, again = fit_aligner(world.features, world.train, short, hooks=FitHooks(resume=checkpoint), seed=0)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
+            torch.testing.assert_close(a, b)
+        assert again["scale"] == pytest.approx(figures["scale"])
 
 
 def test_an_item_leans_towards_its_captions(world: World, aligner: Aligner) -> None:

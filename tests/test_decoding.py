@@ -235,13 +235,16 @@ def test_every_search_setting_changes_the_search():
     model = TableModel(sizes)
 
     def search(**changes):
-        return search_candidates(model, queries([1]), [index], settings=SearchSettings(**{"mode": "beam", **changes}))
+        return search_candidates(
+            model, queries([1]), [index], settings=SearchSettings(**{"mode": "beam", "pool": 0, **changes})
+        )
 
     plain = search()
     assert len(leaves(plain, 0)) == 20
     assert len(leaves(search(beam=7), 0)) == 7
-    asked = search_candidates(model, queries([1]), [index], settings=SearchSettings(mode="beam"), beam=7)
+    asked = search_candidates(model, queries([1]), [index], settings=SearchSettings(mode="beam", pool=0), beam=7)
     assert leaves(asked, 0) == leaves(search(beam=7), 0)
+    assert len(leaves(search(pool=50), 0)) > 40 and leaves(search(pool=50, rerank=False), 0) == leaves(plain, 0)
     assert len(leaves(search(mode="one-shot", draft=50), 0)) == len(leaves(search(mode="verify", draft=50), 0)) == 50
     assert leaves(search(mode="one-shot"), 0) != leaves(search(mode="verify"), 0)
     assert search(scoring="children").log_prob[0, 0] > plain.log_prob[0, 0]

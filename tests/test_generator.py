@@ -149,6 +149,23 @@ def test_each_fusion_switch_changes_the_model(quantizer: Quantizer, switch: str)
 
 
 @torch.no_grad()
+def test_steering_takes_the_decoder_back_to_the_heads_in_a_search_only(quantizer: Quantizer) -> None:
+    query, codes = queries(4), random_codes(quantizer, 4)
+    followed, half, unsteered = (make(quantizer, trained=True, dropout=0.0, steering=s) for s in (1.0, 0.5, 0.0))
+    for level in range(1, followed.levels):
+        full, halved, none = (model(query, codes)[level] for model in (followed, half, unsteered))
+        torch.testing.assert_close(halved, (full + none) / 2, atol=1e-3, rtol=1e-3)
+        heads = unsteered.refine(query) @ torch.from_numpy(quantizer.codewords(level)).T
+        scale = none[:, :1] / heads[:, :1]
+        torch.testing.assert_close(none, scale * heads, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(full, none, atol=1e-2)
+    for model in (followed, unsteered):  # what is trained is the whole correction
+        model.train()
+    for a, b in zip(followed(query, codes), unsteered(query, codes)):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
 def test_save_and_load_keep_every_score(quantizer: Quantizer, tmp_path) -> None:
     model = make(quantizer, trained=True)
     model.save(tmp_path)

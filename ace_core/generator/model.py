@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -25,93 +25,15 @@ from torch.nn import functional as F
 
 from ace_core.config import GeneratorSettings
 from ace_core.errors import StoreError
-from ace_core.generator.attention import Attention, KeysValues
-from ace_core.generator.fusion import CoarseToFineFusion, FusionMemory
+from ace_core.generator.attention import KeysValues
+from ace_core.generator.decoder import DecoderLayer, DecoderState, Reading
+from ace_core.generator.fusion import CoarseToFineFusion
 from ace_core.items import MODALITIES
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
 from ace_core.space import unit_query
 
 _START_SCALE = 20.0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What was read of n queries.
-
-    Attributes:
-        vector: (n, D) float32, the refined query q'.
-        z: (n, t, width), the blend of the memories, None without coarse fusion.
-        memories: S tensors (n, t, width).
-        mask: (n, 1, 1, t) bool, True at positions that are there.
-    """
-
-    vector: torch.Tensor
-    z: torch.Tensor | None
-    memories: tuple[torch.Tensor, ...]
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """A batch of n queries in the middle of being spelled, B beam rows each.
-
-    Attributes:
-        vector: (n, D) float32, the refined query q', L2-normalised.
-        modality_logp: (n, 3) log-probabilities of the first token.
-        memory: keys and values of the query for each decoder layer, projected once.
-        mask: (n, 1, 1, t) bool.
-        past: self-attention keys and values of each layer, (n * B, heads, positions, .); empty before the first step.
-    """
-
-    vector: torch.Tensor
-    modality_logp: torch.Tensor
-    memory: tuple[FusionMemory, ...]
-    mask: torch.Tensor
-    past: tuple[KeysValues, ...] = ()
-
-    def select(self, rows: torch.Tensor) -> DecoderState:
-        """Some of the queries (rows (m,) int64); before the first step only."""
-        return replace(
-            self,
-            vector=self.vector[rows],
-            modality_logp=self.modality_logp[rows],
-            memory=tuple(m.select(rows) for m in self.memory),
-            mask=self.mask[rows],
-        )
-
-
-class _Layer(nn.Module):
-    """One decoder layer: causal self-attention, fusion, feed-forward; pre-norm."""
-
-    def __init__(self, settings: GeneratorSettings, memories: int) -> None:
-        super().__init__()
-        width = settings.width
-        self.own_norm, self.read_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-        self.own = Attention(width, settings.heads, settings.dropout)
-        self.fusion = CoarseToFineFusion(
-            width, settings.heads, settings.dropout, memories,
-            coarse=settings.coarse_fusion, fine=settings.fine_fusion,
-        )  # fmt: skip
-        self.feed = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(settings.dropout), nn.Linear(2 * width, width)
-        )
-        self.drop = nn.Dropout(settings.dropout)
-
-    def own_keys_values(self, y: torch.Tensor) -> KeysValues:
-        """Self-attention keys and values of states y (n, p, width)."""
-        return self.own.project(self.own_norm(y))
-
-    def forward(
-        self, y: torch.Tensor, past: KeysValues, memory: FusionMemory, mask: torch.Tensor, beams: int
-    ) -> torch.Tensor:
-        """y (rows, p, width); ``past`` includes y's own; rows = n * beams share the n queries' memories."""
-        y = y + self.drop(self.own(self.own_norm(y), past, causal=y.shape[1] > 1))
-        read = self.read_norm(y)
-        if beams > 1:
-            read = read.reshape(len(read) // beams, -1, read.shape[-1])
-        y = y + self.drop(self.fusion(read, memory, mask).reshape(y.shape))
-        return y + self.drop(self.feed(self.feed_norm(y)))
 
 
 class Generator(nn.Module):
@@ -154,9 +76,12 @@ class Generator(nn.Module):
         )
         self._refine_out = nn.Linear(2 * width, self.dim)
 
+        self.refinement: torch.Tensor  # share of the learned correction that queries get; chosen on validation
+        self.register_buffer("refinement", torch.ones(()))
+
         self._input = nn.Linear(self.dim, width)
         self._positions = nn.Parameter(torch.randn(self.levels - 1, width) * 0.02)
-        self._layers = nn.ModuleList(_Layer(settings, text_layers) for _ in range(settings.layers))
+        self._layers = nn.ModuleList(DecoderLayer(settings, text_layers) for _ in range(settings.layers))
         self._final_norm = nn.LayerNorm(width)
         self._deltas = nn.ModuleList(nn.Linear(width, self.dim - 1) for _ in range(self.levels - 1))
         self._modality = nn.Linear(self.dim, len(MODALITIES))
@@ -167,8 +92,8 @@ class Generator(nn.Module):
             nn.init.zeros_(zero.bias)
 
     @property
-    def _decoder(self) -> list[_Layer]:
-        return cast(list[_Layer], list(self._layers))
+    def _decoder(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self._layers))
 
     # -- reading the query ------------------------------------------------------------------------------------------
 
@@ -199,13 +124,17 @@ class Generator(nn.Module):
         z = None if self._blend is None else self._blend(torch.cat(memories, -1))
         return z, memories, mask[:, None, None]
 
-    def _refined(
+    def _correction(
         self, query: QueryBatch, z: torch.Tensor | None, memories: list[torch.Tensor], mask: torch.Tensor
     ) -> torch.Tensor:
         y = self._refine_query.expand(len(query), 1, -1)
         read = self._refine_norm(y + self._refine_read(y, self._refine_read.project(z, memories), mask)).squeeze(1)
         hidden = self._refine_feed(torch.cat((read, query.vector * math.sqrt(self.dim)), -1))
-        return unit_query(query.vector + self._refine_out(hidden))
+        return self._refine_out(hidden)
+
+    def correction(self, query: QueryBatch) -> torch.Tensor:
+        """What training would add to the queries, (n, D): of it, ``refinement`` is added."""
+        return self._correction(query, *self._memories(query))
 
     def refine(self, query: QueryBatch) -> torch.Tensor:
         """The refined query q' (n, D) float32, L2-normalised and then a 1: what similarities are measured with."""
@@ -220,8 +149,14 @@ class Generator(nn.Module):
         return self.log_scales[level].exp() * (vector.float() @ self._codewords[level].T)
 
     def _steered(self, vector: torch.Tensor, state: torch.Tensor, level: int) -> torch.Tensor:
-        """q' + delta_level of decoder states; the popularity coordinate stays what it is."""
+        """q' + delta_level of decoder states; the popularity coordinate stays what it is.
+
+        In a search the decoder's delta is shrunk (``generator.steering``): a delta of half its size spells like the
+        geometric mean of decoder and heads, and the heads know no item by heart.
+        """
         delta = self._deltas[level - 1](state)
+        if not self.training:
+            delta = self.settings.steering * delta
         return vector + F.pad(delta, (0, 1))
 
     @property
@@ -267,7 +202,8 @@ class Generator(nn.Module):
     def read(self, query: QueryBatch) -> Reading:
         """Read queries, once for any number of :meth:`spell` calls."""
         z, memories, mask = self._memories(query)
-        return Reading(self._refined(query, z, memories, mask), z, tuple(memories), mask)
+        vector = unit_query(query.vector + self.refinement * self._correction(query, z, memories, mask))
+        return Reading(vector, z, tuple(memories), mask)
 
     def spell(self, reading: Reading, codes: torch.Tensor) -> list[torch.Tensor]:
         """:meth:`forward` of queries that were read already."""

@@ -73,7 +73,8 @@ def fit_generator(
     """Train; every worker returns the same generator (on CPU, evaluation mode) and loss curve.
 
     A batch is ``batch_size`` queries over all workers and ``accumulate`` parts; ``virtual_queries`` of them are
-    virtual. Without captions all of them are. On a GPU the forward pass runs in bfloat16.
+    virtual. Without captions all of them are, and queries stay as they are aligned (``refinement`` 0): nothing was
+    learned of texts. On a GPU the forward pass runs in bfloat16.
     """
     collective, hooks, device = collective or LocalCollective(), hooks or FitHooks(), torch.device(device)
     torch.manual_seed(seed)
@@ -107,6 +108,8 @@ def fit_generator(
                 )
             if collective.rank == 0 and hooks.save_checkpoint is not None and clock.due():
                 hooks.save_checkpoint(_checkpoint(generator, optimizer, losses))
+    if not len(data.rows):
+        generator.refinement.zero_()
     return generator.cpu().eval(), TrainingReport(tuple(losses))
 
 

@@ -1,0 +1,97 @@
+"""Recall against the size of the gallery, the beam and the time of a query; reliability of the scores."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from ace_core.config import SearchSettings
+from ace_core.evaluation import exact_ranks
+from benchmarks.retrieval_system import ONE_SHOT, VERIFIED, Queries, Spaces, System, World, beam_of
+
+_QUERIES = 500
+_BEAMS = (5, 10, 20, 50, 100)
+_DRAFTS = (25, 50, 100, 200, 400)
+_GALLERIES = (250, 500, 1000, 2000, 4000, 8000)
+_TIMED = 64  # queries, one by one
+_BINS = 8
+
+
+def curves(world: World, spaces: Spaces, system: System, figures: dict[str, Any]) -> None:
+    """Measure a fitted system and put the curves into ``figures["curves"]``: R@10 of unseen items throughout."""
+    asked = _some(world.unseen, _QUERIES)
+    everything, twins = np.arange(len(spaces.items)), world.data.twins
+    galleries = []
+    for size, rows in _nested(world, asked):
+        rival = exact_ranks(spaces.tower_queries[asked.at], spaces.tower_items, asked.gold, gallery=rows, twins=twins)
+        galleries.append({"gallery": size, "dual tower": _recall(rival), "ACE": _recall(system.ranks(asked, rows))})
+        print(f"  {galleries[-1]}", flush=True)
+    beams = []
+    for width in _BEAMS:
+        with_pool = _recall(system.ranks(asked, everything, beam_of(width)))
+        without = _recall(system.ranks(asked, everything, beam_of(width, pool=0)))
+        beams.append({"beam": width, "with the pool": with_pool, "beam alone": without})
+        print(f"  {beams[-1]}", flush=True)
+    modes = {f"one-shot, draft {d}": ONE_SHOT.model_copy(update={"draft": d}) for d in _DRAFTS}
+    modes |= {f"verify, draft {d}": VERIFIED.model_copy(update={"draft": d}) for d in _DRAFTS[:4]}
+    modes |= {f"beam {b}": beam_of(b) for b in _BEAMS[:4]}
+    latency = [
+        {"search": what, "milliseconds": _milliseconds(system, asked, everything, s),
+         "r10": _recall(system.ranks(asked, everything, s))}
+        for what, s in modes.items()
+    ]  # fmt: skip
+    figures["curves"] = {
+        "queries": len(asked.at), "gallery_sizes": galleries, "beams": beams, "latency": latency,
+        "reliability": _reliability(world, system),
+    }  # fmt: skip
+
+
+def _some(queries: Queries, most: int) -> Queries:
+    step = max(1, -(-len(queries.at) // most))
+    return Queries(queries.at[::step], queries.gold[::step])
+
+
+def _recall(ranks: np.ndarray) -> float:
+    return round(float((ranks < 10).mean()), 4)
+
+
+def _nested(world: World, asked: Queries) -> list[tuple[int, np.ndarray]]:
+    """Galleries that grow: the asked items, then others in one random order."""
+    total = len(world.data.split)
+    own = np.unique(asked.gold)
+    others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(total), own))
+    sizes = sorted({min(size, total) for size in _GALLERIES if min(size, total) >= len(own)})
+    return [(size, np.sort(np.concatenate([own, others[: size - len(own)]]))) for size in sizes]
+
+
+def _milliseconds(system: System, asked: Queries, rows: np.ndarray, settings: SearchSettings) -> float:
+    """Median time of one query, its text encoded already, on this machine's one thread; gallery built before."""
+    ready = system.ready(rows)
+    times = []
+    for at in asked.at[:_TIMED]:
+        query = system.batch(np.array([at]))
+        begin = time.perf_counter()
+        system.search(ready, query, settings)
+        times.append(time.perf_counter() - begin)
+    return round(1000 * float(np.median(times)), 3)
+
+
+def _reliability(world: World, system: System) -> list[dict[str, float]]:
+    """What the best answers' probabilities promise, and how many are right: test queries, unseen and seen."""
+    promised, right = [], []
+    for asked in (_some(world.unseen, _QUERIES), _some(world.seen, _QUERIES)):
+        found, rows, similar = system.find(asked.at, np.arange(len(system.vectors)), ONE_SHOT)
+        score = system.ranker.score(found.log_prob, similar, found.valid)
+        best = score.argmax(1)
+        at = np.arange(len(best))
+        promised.append(system.ranker.probability(score, similar)[at, best])
+        right.append(system.right(rows, asked.gold)[at, best])
+    p, hit = np.concatenate(promised), np.concatenate(right)
+    order = np.argsort(p)
+    return [
+        {"promised": round(float(p[part].mean()), 4), "right": round(float(hit[part].mean()), 4), "queries": len(part)}
+        for part in np.array_split(order, _BINS)
+        if len(part)
+    ]
