@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,9 @@ from ace_core.errors import StoreError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-PartKind = Literal["features", "texts", "aligner", "quantizer", "generator", "segment", "snapshot", "evaluation"]
+PartKind = Literal[
+    "features", "captions", "texts", "aligner", "quantizer", "generator", "segment", "snapshot", "evaluation"
+]
 
 
 class FileEntry(BaseModel):
@@ -49,6 +52,13 @@ def fingerprint(*parts: Any) -> str:
     """Twelve hex digits of the SHA-256 of the JSON of ``parts``: equal inputs and settings give equal ids."""
     text = json.dumps(parts, sort_keys=True, default=str, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def code_version() -> str:
+    """Twelve hex digits that change with the code of this library."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return fingerprint([(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
 
 
 def file_entry(path: Path) -> FileEntry:

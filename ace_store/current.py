@@ -1,8 +1,9 @@
 """The one thing in a store that changes: ``CURRENT``, moved by compare-and-swap so that two publishers cannot both win.
 
 Locally a lock file guards read-compare-rename. On S3 the put carries ``If-Match`` (or ``If-None-Match: *`` for the
-first), which the server refuses with 412 or 409 when somebody was faster. Other file systems have no such request:
-there the swap is a plain write.
+first), which the server refuses with 412 or 409 when somebody was faster. Other file systems that can create a file
+only where there is none (fsspec's ``mode="create"``) get a lock file that only one publisher can make. On the rest the
+swap is a plain write, and the publisher is told so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from ace_core.errors import StoreError
 from ace_store.location import Location
@@ -53,8 +55,11 @@ def read_current(location: Location) -> Current:
     return Current(snapshot, version)
 
 
-def move_current(location: Location, snapshot: str, seen: Current) -> None:
+def move_current(location: Location, snapshot: str, seen: Current) -> bool:
     """Point ``CURRENT`` at ``snapshot`` if it is still as ``seen``.
+
+    Returns:
+        whether two publishers cannot both win here; False where the file system has nothing to forbid it with.
 
     Raises:
         StoreError: another publisher moved it in between.
@@ -65,8 +70,8 @@ def move_current(location: Location, snapshot: str, seen: Current) -> None:
     elif location.local is not None:
         _local_swap(location, body, seen)
     else:
-        with location.filesystem.open_output_stream(location.path(CURRENT_NAME)) as f:
-            f.write(body)
+        return _other_swap(location, body, seen)
+    return True
 
 
 def _conflict(location: Location) -> StoreError:
@@ -88,6 +93,45 @@ def _local_swap(location: Location, body: bytes, seen: Current) -> None:
         temporary = path.with_name(".CURRENT.new")
         temporary.write_bytes(body)
         temporary.replace(path)
+
+
+def _other_swap(location: Location, body: bytes, seen: Current) -> bool:
+    handler = getattr(location.filesystem, "handler", None)
+    lock = location.path(f".{CURRENT_NAME}.lock")
+    guarded = handler is not None and _locked(handler.fs, lock, location)
+    try:
+        if read_current(location) != seen:
+            raise _conflict(location)
+        with location.filesystem.open_output_stream(location.path(CURRENT_NAME)) as f:
+            f.write(body)
+    finally:
+        if guarded:
+            handler.fs.rm_file(lock)
+    return guarded
+
+
+def _locked(filesystem: Any, lock: str, location: Location) -> bool:
+    """Make the lock file; False where the file system would let two publishers make it.
+
+    Raises:
+        StoreError: another publisher holds it.
+    """
+    try:
+        filesystem.pipe_file(lock, b"", mode="create")
+    except FileExistsError:
+        raise StoreError(
+            "another publisher is moving CURRENT, or was killed while it did",
+            where=lock,
+            remedy="Run this command again; if it stays, delete that file.",
+        ) from None
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    try:
+        filesystem.pipe_file(lock, b"", mode="create")
+    except FileExistsError:
+        return True
+    filesystem.rm_file(lock)  # it does not keep to "create": no lock at all
+    return False
 
 
 def _s3_key(location: Location) -> dict[str, str]:

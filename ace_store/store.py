@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from pyarrow import fs
 
@@ -32,15 +32,16 @@ from ace_core.manifest import (
     write_manifest,
 )
 from ace_store.current import CURRENT_NAME, Current, move_current, read_current
+from ace_store.files import STORE_NAME, Files
 from ace_store.location import Location, open_location
 
 if TYPE_CHECKING:
     from ace_core.snapshot import SnapshotManifest
 
-STORE_NAME = "STORE.json"
 _FOLDERS: dict[str, str] = {"segment": "segments", "snapshot": "snapshots"}
 _STAGES: dict[str, str] = {
     "features": "ace ingest",
+    "captions": "ace caption",
     "texts": "ace fit aligner",
     "aligner": "ace fit aligner",
     "quantizer": "ace fit quantizer",
@@ -64,15 +65,12 @@ def _manifest_model(kind: PartKind) -> type[Manifest]:
     return SnapshotManifest
 
 
-class Store:
+class Store(Files):
     """Reads and writes parts, the same way for a local folder and for object storage."""
 
     def __init__(self, location: Location, cache: Path | None) -> None:
-        self.location = location
-        self.filesystem = location.filesystem
-        self.local = location.local
+        super().__init__(location)
         self._cache = cache
-        self._marked = False
 
     @classmethod
     def open(cls, uri: str | Path, *, cache: Path | None = None) -> Store:
@@ -101,80 +99,6 @@ class Store:
                 remedy="Use the ACE release that wrote it, or choose another --store and run the stages again.",
             )
         return store
-
-    @property
-    def uri(self) -> str:
-        return self.location.uri
-
-    def path(self, *names: str) -> str:
-        """Path of something in the store, for use with :attr:`filesystem`."""
-        return self.location.path(*names)
-
-    # -- files ---------------------------------------------------------------------------------------------
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, or None when there is no such file."""
-        data = self.read_bytes(name)
-        if data is None:
-            return None
-        try:
-            value = json.loads(data)
-        except ValueError as e:
-            raise StoreError(f"the file is not JSON ({e})", where=self.path(name), remedy="Restore it.") from None
-        if not isinstance(value, dict):
-            raise StoreError("the file is not a JSON object", where=self.path(name), remedy="Restore it.")
-        return value
-
-    def read_bytes(self, name: str) -> bytes | None:
-        """The bytes of a file, or None when it is not there."""
-        try:
-            with self.filesystem.open_input_stream(self.path(name)) as f:
-                return f.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as e:
-            raise self._unreachable(e) from None
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON object whole: a reader sees the old file or the new one."""
-        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode())
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file whole: temporary name and rename locally, one put on object storage."""
-        if name != STORE_NAME:
-            self._mark()
-        try:
-            if self.local is None:
-                with self.filesystem.open_output_stream(self.path(name)) as f:
-                    f.write(data)
-                return
-            target = self.local / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-            with os.fdopen(descriptor, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            Path(temporary).replace(target)
-        except OSError as e:
-            raise self._unreachable(e) from None
-
-    def exists(self, name: str) -> bool:
-        """Whether a file or folder is there."""
-        return self._info(name).type != fs.FileType.NotFound
-
-    def listing(self, name: str, *, recursive: bool = False) -> list[fs.FileInfo]:
-        """What is in a folder (nothing when the folder is not there), sorted by path."""
-        selector = fs.FileSelector(self.path(name), allow_not_found=True, recursive=recursive)
-        try:
-            return sorted(self.filesystem.get_file_info(selector), key=lambda i: i.path)
-        except OSError as e:
-            raise self._unreachable(e) from None
-
-    def delete(self, name: str) -> None:
-        """Remove a folder and all that is in it; nothing happens when it is not there."""
-        if self._info(name).type == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path(name))
 
     # -- parts ---------------------------------------------------------------------------------------------
 
@@ -306,8 +230,7 @@ class Store:
                 source_filesystem=self.filesystem,
                 destination_filesystem=fs.LocalFileSystem(),
             )
-            if not home.exists():
-                building.rename(home)
+            take_place(building, home)
         except OSError as e:
             raise self._unreachable(e) from None
         finally:
@@ -330,9 +253,10 @@ class Store:
             self.local_copy("segment", segment.id)
         for kind, model in manifest.models.items():
             self.local_copy(kind, model.id)
-        pointer = self._cache / CURRENT_NAME
-        pointer.with_suffix(".new").write_text(json.dumps({"snapshot": snapshot_id}))
-        pointer.with_suffix(".new").replace(pointer)
+        descriptor, pointer = tempfile.mkstemp(dir=self._cache, prefix=".writing-")
+        with os.fdopen(descriptor, "w") as f:
+            json.dump({"snapshot": snapshot_id}, f)
+        Path(pointer).replace(self._cache / CURRENT_NAME)
         return self._cache
 
     # -- CURRENT -------------------------------------------------------------------------------------------
@@ -352,27 +276,20 @@ class Store:
             raise StoreError("nothing has been published here", where=self.uri, remedy="Run `ace publish` first.")
         return snapshot_id
 
-    def move_current(self, snapshot_id: str, seen: Current) -> None:
-        """Publish a snapshot, unless somebody else published since ``seen`` was read."""
+    def move_current(self, snapshot_id: str, seen: Current) -> bool:
+        """Publish a snapshot, unless somebody else published since ``seen`` was read; whether that is certain, see
+        :func:`ace_store.current.move_current`."""
         self._mark()
-        move_current(self.location, snapshot_id, seen)
+        return move_current(self.location, snapshot_id, seen)
 
-    # -- inside --------------------------------------------------------------------------------------------
 
-    def _mark(self) -> None:
-        if not self._marked and self._info(STORE_NAME).type == fs.FileType.NotFound:
-            self.write_json(STORE_NAME, {"format_version": FORMAT_VERSION})
-        self._marked = True
-
-    def _info(self, name: str) -> fs.FileInfo:
-        try:
-            return self.filesystem.get_file_info(self.path(name))
-        except OSError as e:
-            raise self._unreachable(e) from None
-
-    def _unreachable(self, error: OSError) -> StoreError:
-        return StoreError(
-            f"the store cannot be used ({error})",
-            where=self.uri,
-            remedy="Check the path, its permissions, and for s3:// the credentials, region and endpoint.",
-        )
+def take_place(building: Path, home: Path) -> None:
+    """Rename a finished mirror to its place, unless another process was faster; what is there without a manifest was
+    being deleted, and goes."""
+    try:
+        building.rename(home)
+    except OSError:
+        if (home / MANIFEST_NAME).exists():
+            return
+        shutil.rmtree(home, ignore_errors=True)
+        building.rename(home)

@@ -23,7 +23,7 @@ from ace_core.errors import CorpusError
 from ace_core.evaluation import Retrieval, exact_ranks, ranks_in, summarise
 from ace_core.features import Features, Pairs
 from ace_core.items import MODALITIES, Modality
-from ace_core.manifest import fingerprint
+from ace_core.manifest import code_version, fingerprint
 from ace_core.query import Mode
 from ace_core.retriever import Retriever
 from ace_core.snapshot import SnapshotManifest
@@ -84,7 +84,7 @@ def evaluate_stage(settings: Settings, store: Store, reporter: Reporter) -> dict
     corpus = load_corpus(store, snapshot.inputs["features"], settings)
     kinds = query_kinds(store, snapshot, corpus, settings)
     evaluation_id = fingerprint(
-        "evaluation", snapshot.id, settings.split.model_dump(), settings.evaluation.model_dump(),
+        "evaluation", code_version(), snapshot.id, settings.split.model_dump(), settings.evaluation.model_dump(),
         settings.search.model_dump(), settings.compute.seed,
     )  # fmt: skip
     measured = store.read_json(f"evaluation/{evaluation_id}.json")

@@ -276,7 +276,8 @@ def commit(
             write_snapshot(folder / "part", manifest, dict(tombstones))
             store.adopt_part(folder / "part", "snapshot", manifest.id)
     verify_snapshot(store, manifest.id, built)
-    store.move_current(manifest.id, seen)
+    if not store.move_current(manifest.id, seen):
+        reporter.say("this file system cannot refuse a second publisher: publish from one place at a time")
     counts = ", ".join(f"{count:,} {name}" for name, count in manifest.items.items())
     reporter.say(
         f"snapshot {manifest.id} is published: {counts}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from ace_core.errors import StoreError
 from ace_core.manifest import MANIFEST_NAME, Manifest
 from ace_store import Store, open_location
 from ace_store.current import Current
+from ace_store.store import take_place
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -164,3 +168,72 @@ def test_s3_endpoint_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     assert Store.open(f"s3://bucket/{tmp_path.name}").read_json("a.json") == {"x": 1}
+
+
+_MIRROR = """
+import sys, time
+from pathlib import Path
+from ace_store import Store
+uri, cache, start = sys.argv[1:]
+store = Store.open(uri, cache=Path(cache))
+while time.time() < float(start):  # both at once
+    pass
+for number in range(8):
+    folder = store.local_copy("aligner", f"part{number}")
+    assert (folder / "inner" / "data.txt").read_text() == "hello", folder
+print("whole")
+"""
+
+
+def test_two_processes_mirror_the_same_parts(tmp_path: Path, s3: str) -> None:
+    uri, cache = f"s3://bucket/{tmp_path.name}{s3}", tmp_path / "cache"
+    store = Store.open(uri, cache=tmp_path / "mine")
+    for number in range(8):
+        _part(store, f"part{number}")
+    command = [sys.executable, "-c", _MIRROR, uri, str(cache), str(time.time() + 4)]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate(timeout=120)[0].strip() for p in others] == ["whole", "whole"]
+    assert not [p.name for p in (cache / "aligner").iterdir() if p.name.startswith(".")]
+
+
+def test_a_mirror_gives_way_to_a_faster_one_and_replaces_a_deleted_one(tmp_path: Path) -> None:
+    for name, text in (("first", "1"), ("second", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST_NAME).write_text(text)
+    home = tmp_path / "home"
+    take_place(tmp_path / "first", home)
+    take_place(tmp_path / "second", home)
+    assert (home / MANIFEST_NAME).read_text() == "1"
+    (home / MANIFEST_NAME).rename(home / "left over")
+    take_place(tmp_path / "second", home)
+    assert [p.name for p in home.iterdir()] == [MANIFEST_NAME]
+
+
+def test_current_is_exclusive_on_a_file_system_that_can_create_exclusively(tmp_path: Path) -> None:
+    """fsspec's memory:// keeps to mode="create"."""
+    import fsspec
+
+    store = Store.open(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    seen = store.current()
+    assert store.move_current("one", seen) is True
+    with pytest.raises(StoreError, match="another publisher moved CURRENT"):
+        store.move_current("two", seen)
+    lock = store.path(".CURRENT.lock")
+    fsspec.filesystem("memory").pipe_file(lock, b"")
+    with pytest.raises(StoreError, match="is moving CURRENT"):
+        store.move_current("two", store.current())
+    fsspec.filesystem("memory").rm_file(lock)
+    assert store.move_current("two", store.current()) is True
+    assert store.current().snapshot == "two" and not store.exists(".CURRENT.lock")
+
+
+def test_current_says_where_nothing_keeps_two_publishers_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    plain = MemoryFileSystem.pipe_file
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda fs, path, data, mode="overwrite": plain(fs, path, data))
+    store = Store.open(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    assert store.move_current("one", store.current()) is False
+    assert store.current().snapshot == "one" and not store.exists(".CURRENT.lock")
+    with pytest.raises(StoreError, match="another publisher moved CURRENT"):  # seen before the write, at least
+        store.move_current("two", Current(None, None))
