@@ -18,6 +18,7 @@ from ace_core.encoders.embedded import packaged_file
 from ace_core.encoders.frames import FrameVideos, motion_map
 from ace_core.encoders.lite0 import FoldedLite0, Lite0Images, read_weights
 from ace_core.encoders.logmel import RATE, LogMelSounds, mel_filters
+from ace_core.encoders.packed import SideBySide, can_pack, pack_linears
 from ace_core.encoders.text import TransformersText, load_minilm
 from ace_core.errors import MediaError, ModelError, SettingsError
 from ace_core.items import MODALITIES, Modality
@@ -270,10 +271,32 @@ def test_minilm_equals_its_recipe(minilm: TransformersText) -> None:
             output = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
         count = output.last_hidden_state.shape[1]
         assert got.mask[i].sum() == count and got.mask[i, :count].all()
-        assert torch.allclose(got.pooled[i], F.normalize(output.last_hidden_state[0].mean(0), dim=0), atol=1e-5)
+        assert torch.allclose(got.pooled[i], F.normalize(output.last_hidden_state[0].mean(0), dim=0), atol=1e-4)
         for layer in range(3):
-            assert torch.allclose(got.hidden[i, layer, :count], output.hidden_states[4 + layer][0], atol=1e-4)
+            assert torch.allclose(got.hidden[i, layer, :count], output.hidden_states[4 + layer][0], atol=2e-3)
         assert (got.hidden[i, :, count:] == 0).all()
+
+
+def test_linear_layers_packed_side_by_side() -> None:
+    linears = [torch.nn.Linear(24, n, bias=n > 3) for n in (5, 3, 8)]
+    x = torch.randn(2, 7, 24)
+    apart = torch.cat([linear(x) for linear in linears], -1)
+    together = SideBySide(linears)
+    assert torch.allclose(together(x), apart, atol=2e-3) and together.weight.shape == (16, 24)
+    model = torch.nn.Sequential(linears[0], torch.nn.GELU())
+    expected = model(x)
+    pack_linears(model)
+    assert isinstance(model[0], SideBySide) == can_pack("cpu") and torch.allclose(model(x), expected, atol=2e-3)
+
+
+def test_where_nothing_can_be_packed_it_is_a_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ace_core.encoders.packed.can_pack", lambda device: False)
+    linear = torch.nn.Linear(24, 5)
+    x = torch.randn(7, 24)
+    assert torch.allclose(SideBySide([linear])(x), linear(x), atol=1e-6)
+    model = torch.nn.Sequential(linear)
+    pack_linears(model)
+    assert model[0] is linear
 
 
 def test_more_texts_than_a_batch_keep_their_order(minilm: TransformersText) -> None:

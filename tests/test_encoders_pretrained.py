@@ -40,6 +40,11 @@ def tokenizer(length: int = 20, *, mask: bool = True, pad: str = "[PAD]") -> tr.
     )  # fmt: skip
 
 
+def exact(model: torch.nn.Module):
+    """A model in evaluation mode, of weights that packing for the CPU does not round."""
+    return model.half().float().eval()
+
+
 def text_config(**more) -> dict:
     ids = {"pad_token_id": WORDS.index("[PAD]"), "bos_token_id": WORDS.index("[BOS]"),
            "eos_token_id": WORDS.index("[EOS]")}  # fmt: skip
@@ -54,7 +59,7 @@ def save(folder: Path, *parts) -> str:
 
 def clip(folder: Path) -> tuple[tr.CLIPModel, str]:
     torch.manual_seed(1)
-    model = tr.CLIPModel(tr.CLIPConfig(text_config=text_config(), vision_config=VISION, projection_dim=24)).eval()
+    model = exact(tr.CLIPModel(tr.CLIPConfig(text_config=text_config(), vision_config=VISION, projection_dim=24)))
     size = {"shortest_edge": 32}
     processor = tr.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
     return model, save(folder, model, processor, tokenizer())
@@ -63,7 +68,7 @@ def clip(folder: Path) -> tuple[tr.CLIPModel, str]:
 def siglip(folder: Path) -> tuple[tr.SiglipModel, str]:
     torch.manual_seed(2)
     text = text_config(projection_size=32)
-    model = tr.SiglipModel(tr.SiglipConfig(text_config=text, vision_config=VISION)).eval()
+    model = exact(tr.SiglipModel(tr.SiglipConfig(text_config=text, vision_config=VISION)))
     processor = tr.SiglipImageProcessor(size={"height": 32, "width": 32})
     return model, save(folder, model, processor, tokenizer(mask=False, pad="[EOS]"))
 
@@ -75,7 +80,7 @@ def xclip(folder: Path) -> tuple[tr.XCLIPModel, str]:
     config = tr.XCLIPConfig(
         text_config=text_config(), vision_config=vision, projection_dim=24, prompt_num_attention_heads=2
     )
-    model = tr.XCLIPModel(config).eval()
+    model = exact(tr.XCLIPModel(config))
     processor = tr.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return model, save(folder, model, processor, tokenizer())
 
@@ -88,7 +93,7 @@ def clap(folder: Path, truncation: str = "rand_trunc") -> tuple[tr.ClapModel, tr
         "patch_stride": [4, 4], "enable_fusion": truncation == "fusion",
     }  # fmt: skip
     config = tr.ClapConfig(text_config=text_config(max_position_embeddings=40), audio_config=audio, projection_dim=24)
-    model = tr.ClapModel(config).eval()
+    model = exact(tr.ClapModel(config))
     extractor = tr.ClapFeatureExtractor(truncation=truncation, padding="repeatpad", max_length_s=2)
     return model, extractor, save(folder, model, extractor, tokenizer())
 
@@ -274,17 +279,29 @@ def test_plain_video_backbones(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_plain_text_models(tmp_path: Path) -> None:
-    bert = tr.BertModel(tr.BertConfig(**text_config())).eval()
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_plain_text_models(tmp_path: Path, activation: str) -> None:
+    bert = exact(tr.BertModel(tr.BertConfig(**text_config(hidden_act=activation))))
     path = save(tmp_path / "bert", bert, tokenizer())
-    got = text(path, fusion_layers=2).encode(TEXTS)
+    encoder = text(path, fusion_layers=2)
+    assert (encoder._lean is not None) == (activation == "gelu")
+    got = encoder.encode(TEXTS)
     tokens = tr.AutoTokenizer.from_pretrained(path)(TEXTS, padding=True, return_tensors="pt")
     tokens.pop("token_type_ids", None)
     output = bert(**tokens, output_hidden_states=True)
     weights = tokens["attention_mask"][:, :, None]
     assert close(got.pooled, unit((output.last_hidden_state * weights).sum(1) / weights.sum(1)))
     assert got.hidden.shape == (3, 2, 10, 32)
-    t5 = tr.T5Model(tr.T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=2)).eval()
+    real = tokens["attention_mask"].bool()
+    for layer in range(2):
+        assert close(got.hidden[:, layer][real], output.hidden_states[2 + layer][real])
+
+
+@torch.no_grad()
+def test_encoder_decoders_give_their_encoder(tmp_path: Path) -> None:
+    tokens = tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    weights = tokens["attention_mask"][:, :, None]
+    t5 = exact(tr.T5Model(tr.T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=2)))
     path = save(tmp_path / "t5", t5, tokenizer())
     output = t5.get_encoder()(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
     expected = unit((output.last_hidden_state * weights).sum(1) / weights.sum(1))

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ace_core.config import TextEncoderSettings
+from ace_core.encoders.bert import LeanBert
 from ace_core.encoders.checkpoints import MEDIA_PARTS, drop_parts, load_checkpoint, pooled_output
 from ace_core.encoders.embedded import packaged_file
+from ace_core.encoders.packed import pack_linears
 from ace_core.encoders.protocol import TextFeatures, identity_of
 from ace_core.errors import ModelError, SettingsError
 
@@ -46,9 +48,12 @@ class TransformersText:
         # SigLIP is trained on texts padded to its full context, and has no attention mask.
         self._fixed_length = context if config.model_type.startswith("siglip") else None
         self._device = device
-        self._model = model.to(device)
         self.layers = settings.fusion_layers
         self.identity = identity_of(model.state_dict(), "text", self._max_tokens, settings.fusion_layers)
+        self._model = model.to(device)
+        self._lean = LeanBert(model) if not self._dual and LeanBert.fits(model) else None
+        if self._lean is None:
+            pack_linears(model)
         probe = self.encode(["a"])
         self.dim = probe.pooled.shape[1]
         self.width = probe.hidden.shape[3]
@@ -90,20 +95,26 @@ class TransformersText:
         # Padding on the right always: attention masks make the side irrelevant but for position embeddings.
         ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=self._device)
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self._device)
-        inputs: dict[str, Any] = {"input_ids": ids, "output_hidden_states": True}
-        if self._fixed_length is None:
-            inputs["attention_mask"] = mask
-        if self._dual:
-            output = self._model.get_text_features(**inputs)
-            pooled = pooled_output(output)
+        if self._lean is not None:
+            states = self._lean(ids, mask)
+            pooled = _mean(states[-1], mask)
         else:
-            output = self._model(**inputs)
-            weights = mask[:, :, None].to(output.last_hidden_state.dtype)
-            pooled = (output.last_hidden_state * weights).sum(1) / weights.sum(1).clamp(min=1)
-        if output.hidden_states is None:
-            raise ModelError("the text model gives no hidden states", where=type(self._model).__name__)
-        hidden = torch.stack(output.hidden_states[-self.layers :], dim=1)
+            inputs: dict[str, Any] = {"input_ids": ids, "output_hidden_states": True}
+            if self._fixed_length is None:
+                inputs["attention_mask"] = mask
+            output = self._model.get_text_features(**inputs) if self._dual else self._model(**inputs)
+            if output.hidden_states is None:
+                raise ModelError("the text model gives no hidden states", where=type(self._model).__name__)
+            states = output.hidden_states
+            pooled = pooled_output(output) if self._dual else _mean(output.last_hidden_state, mask)
+        hidden = torch.stack(states[-self.layers :], dim=1)
         return F.normalize(pooled.float(), dim=-1).cpu(), hidden.float().cpu()
+
+
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean (n, E) of the real tokens' states (n, T, E)."""
+    weights = mask[:, :, None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def load_minilm(settings: TextEncoderSettings, device: str = "cpu") -> TransformersText:
