@@ -59,6 +59,8 @@ def settings_of(published: PublishedSet, encoder: str | None, store: Path, chang
         f"corpus.path={published.folder}",
         f"corpus.captions={captions}",
         "corpus.listed_only=true",
+        "segments.audio_seconds=0",  # an item is a file
+        "segments.video_seconds=0",
     ]
     if encoder is not None:
         for part in ("text", published.modality.value):
