@@ -166,7 +166,7 @@ def main() -> None:
         figures |= {f"{name}_{items}": value for name, value in measured.items()}
         figures |= measured  # plain names: the largest
         table("publishing", ("items", "figure", "value"), rows)
-    write_figures(args.json, figures)
+        write_figures(args.json, figures)
 
 
 if __name__ == "__main__":

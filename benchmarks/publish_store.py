@@ -4,10 +4,12 @@ fitted to a part of them. The vectors are synthetic; every other column is of th
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ace_core.aligner import Aligner
@@ -33,35 +35,47 @@ _ID = "synthetic"
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "violet", "black", "white")
 
 
+@cache
+def _centres() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((_CENTRES, WIDTH), np.float32)
+
+
 def embeddings(first: int, count: int) -> np.ndarray:
     """Clustered unit vectors (count, WIDTH) float32 of items first .. first + count; ``first`` begins a shard."""
-    centres = np.random.default_rng(0).standard_normal((_CENTRES, WIDTH), np.float32)
     rng = np.random.default_rng(first + 1)
-    x = centres[rng.integers(0, _CENTRES, count)] + 0.7 * rng.standard_normal((count, WIDTH), np.float32)
+    x = _centres()[rng.integers(0, _CENTRES, count)] + 0.7 * rng.standard_normal((count, WIDTH), np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def items(first: int, count: int) -> pa.Table:
     """Rows of ``ITEM_SCHEMA``: one caption and three attributes an item."""
     rng = np.random.default_rng(first)
-    sizes, stars = rng.integers(64, 4096, count).tolist(), rng.random(count).round(2).tolist()
-    numbers = range(first, first + count)
+    numbers = np.arange(first, first + count)
+    width, stars = _text(rng.integers(64, 4096, count)), _text(rng.integers(0, 500, count) / 100)
+    colours = pa.array(np.array(_COLOURS)[numbers % 8])
+    names = _joined("images/", _text(numbers // 1000), "/", pc.utf8_lpad(_text(numbers), 8, "0"), ".jpg")
+    captions = _joined("a ", colours, " thing that has the number ", _text(numbers))
     columns = {
-        "item_id": [f"images/{n // 1000:05d}/{n:08d}.jpg" for n in numbers],
-        "uri": [f"images/{n // 1000:05d}/{n:08d}.jpg" for n in numbers],
-        "modality": ["image"] * count,
-        "captions": [[caption(n)] for n in numbers],
-        "attributes": [
-            json.dumps({"colour": _COLOURS[n % 8], "width": size, "rating": star})
-            for n, size, star in zip(numbers, sizes, stars)
-        ],
-        "content_hash": [f"{n * 0x9E3779B97F4A7C15 % 2**128:032x}" for n in numbers],
-        "mime": ["image/jpeg"] * count,
+        "item_id": names,
+        "uri": names,
+        "modality": pa.array(["image"] * count),
+        "captions": pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32), captions),
+        "attributes": _joined('{"colour": "', colours, '", "width": ', width, ', "rating": ', stars, "}"),
+        "content_hash": pa.array(rng.bytes(16 * count).hex(" ", -16).split()),
+        "mime": pa.array(["image/jpeg"] * count),
         "start_seconds": pa.nulls(count, pa.float64()),
         "end_seconds": pa.nulls(count, pa.float64()),
-        "stamp": [f"{size}-1700000000" for size in sizes],
+        "stamp": _joined(width, "-1700000000"),
     }
     return pa.table(columns, schema=ITEM_SCHEMA)
+
+
+def _text(numbers: np.ndarray) -> pa.Array:
+    return pc.cast(pa.array(numbers), pa.string())
+
+
+def _joined(*parts: pa.Array | str) -> pa.Array:
+    return pc.binary_join_element_wise(*parts, "")
 
 
 def caption(number: int) -> str:

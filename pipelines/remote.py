@@ -8,6 +8,7 @@ cluster reaches them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def run_as_job(address: str, line: str, settings: Settings, say: Say, *, client:
     """
     if "://" not in settings.store:
         say(f"the store is the folder {settings.store}: it must be one that all nodes of the cluster share")
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     client = client or _connect(address)
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="ace-job-") as folder:
@@ -93,7 +95,7 @@ def run_as_job(address: str, line: str, settings: Settings, say: Say, *, client:
         environment = {
             "working_dir": folder,
             "py_modules": [str(root / name) for name in PACKAGES],
-            "excludes": ["**/__pycache__", "**/.*"],
+            "excludes": ["**/__pycache__"],
         }
         try:
             job = client.submit_job(entrypoint=line, runtime_env=environment)
