@@ -48,7 +48,7 @@ class Admission:
 
         Args:
             limit: searches in flight, at most.
-            always: so many may be in flight however slow the last ones were (the first search after a start is).
+            always: so many may be in flight however slow the last ones were (a batch full).
             max_wait_seconds: a search that would wait longer is refused.
         """
         self.limit = limit
@@ -71,8 +71,10 @@ class Admission:
 
     def leave(self, entered: int, seconds: float) -> None:
         """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``."""
-        # By those it found, not by those who came later: a growing queue would look fast.
-        self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
+        # Only what was answered in full batches tells: alone, a search pays for all that a batch shares. And by those
+        # that it found, not by those who came later, or a growing queue would look fast.
+        if entered >= self.always:
+            self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
         self.in_flight -= 1
 
     def retry_after(self) -> int:
