@@ -190,17 +190,19 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     for validation. A caption that several items share is trained on, and is no query: no one item answers it.
 
     Args:
-        items: n rows with columns ``item_id``, ``captions`` and ``attributes``.
+        items: n rows with columns ``item_id``, ``captions`` and ``attributes``. A column ``generated`` holds captions
+            that no person wrote: they are trained on, and nothing is ever asked with them.
     """
-    captions = _Captions.of(items)
+    captions = _Captions.of(items.column("captions"))
     held_out, validation = _held_out(items, captions, settings)
-    kept, trained = captions.kept_and_trained(held_out, settings)
+    kept, _ = captions.kept_and_trained(held_out, settings)
+    rows, texts = _training(items, captions, held_out, settings)
     asked = held_out[captions.rows] & captions.unique
     to_validate = validation[captions.rows]
     return Split(
         ~held_out,
         held_out,
-        captions.pairs(trained),
+        Pairs(rows, texts.to_pylist()),
         captions.pairs(kept),
         captions.pairs(asked & ~to_validate),
         captions.pairs(asked & to_validate),
@@ -210,10 +212,24 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
 def training_captions(items: pa.Table, settings: SplitSettings) -> tuple[np.ndarray, pa.Array]:
     """``split_of(items, settings).train_pairs`` as rows (p,) int64 and an Arrow column of p texts: what ten million
     captions fit in."""
-    captions = _Captions.of(items)
+    captions = _Captions.of(items.column("captions"))
     held_out, _ = _held_out(items, captions, settings)
+    return _training(items, captions, held_out, settings)
+
+
+def _training(
+    items: pa.Table, captions: _Captions, held_out: np.ndarray, settings: SplitSettings
+) -> tuple[np.ndarray, pa.Array]:
     _, trained = captions.kept_and_trained(held_out, settings)
-    return captions.rows[trained], captions.texts.filter(pa.array(trained))
+    rows, texts = captions.rows[trained], captions.texts.filter(pa.array(trained))
+    if "generated" not in items.column_names:
+        return rows, texts
+    more = _Captions.of(items.column("generated"))
+    chosen = ~held_out[more.rows] & (captions.counts[more.rows] == 0)
+    rows = np.concatenate([rows, more.rows[chosen]])
+    order = np.argsort(rows, kind="stable")
+    texts = pa.concat_arrays([texts, more.texts.filter(pa.array(chosen))])
+    return rows[order], texts.take(pa.array(order))
 
 
 @dataclass(frozen=True)
@@ -235,8 +251,7 @@ class _Captions:
     unique: np.ndarray
 
     @classmethod
-    def of(cls, items: pa.Table) -> _Captions:
-        column = items.column("captions")
+    def of(cls, column: pa.ChunkedArray) -> _Captions:
         counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
         texts = pc.list_flatten(column).cast(pa.large_string())
         texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts

@@ -22,6 +22,7 @@ from ace_core.quantize.quantizer import Quantizer
 from ace_core.segment_writer import segment_rows
 from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
+from pipelines.generated import with_generated
 from pipelines.texts import CaptionFeatures
 
 _READERS = 8  # files of a listing that are read at once
@@ -129,7 +130,7 @@ def assign_identifiers(
         stored: also keep 8-bit vectors.
     """
     listing = ItemListing.read(store, features, ["item_id", "captions", "attributes"])
-    rows, texts = training_captions(listing.items, split)
+    rows, texts = training_captions(with_generated(store, listing.items), split)
     known = pc.index_in(texts, value_set=pa.array(captions.texts, pa.large_string()))
     kept = known.is_valid().to_numpy(zero_copy_only=False)
     rows, text_rows = rows[kept], known.drop_null().to_numpy()

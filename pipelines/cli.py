@@ -129,6 +129,18 @@ def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreO
     stage(*_context(config, changes, store))
 
 
+@app.command()
+def caption(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Write captions for items that have none, with a captioning model.
+
+    Set [bold]caption.image[/bold] (BLIP, GIT, ...) or [bold]caption.audio[/bold] to a model's folder or hub name. What
+    is generated stays apart from what people wrote: fits train on it, and recall is never measured with it.
+    """
+    from pipelines.caption import caption_stage
+
+    caption_stage(*_context(config, changes, store))
+
+
 @fit_app.command("aligner")
 def fit_aligner(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
     """Learn the space that captions and media share."""

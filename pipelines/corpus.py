@@ -11,6 +11,7 @@ from ace_core.config import Settings
 from ace_core.features import Features, Pairs, Split, read_features, split_of
 from ace_core.manifest import Manifest
 from ace_store import Store
+from pipelines.generated import with_generated
 from pipelines.progress import Reporter
 from pipelines.texts import CaptionFeatures, ensure_texts
 
@@ -24,9 +25,9 @@ class Corpus:
 
 
 def load_corpus(store: Store, features_id: str, settings: Settings) -> Corpus:
-    """Read a features part and split it."""
+    """Read a features part and split it; items without captions are trained on what `ace caption` says of them."""
     features = read_features(store.path("features", features_id), store.filesystem)
-    return Corpus(features, split_of(features.items, settings.split))
+    return Corpus(features, split_of(with_generated(store, features.items), settings.split))
 
 
 def captions_part(corpus: Corpus, settings: Settings, store: Store, reporter: Reporter) -> Manifest:

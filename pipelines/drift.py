@@ -53,29 +53,47 @@ class Drift:
 
 
 def measure_drift(snapshot: Snapshot, added: Segment, store: Store) -> Drift:
-    """Compare a new segment with the snapshot that it joins."""
-    before = np.concatenate([s.gallery.codes for s in snapshot.segments])
+    """Compare a new segment with the snapshot that it joins: one pass over the identifiers that are there, no sort."""
+    before = [s.gallery.codes for s in snapshot.segments]
     codes = added.gallery.codes
-    known = np.unique(np.concatenate([before, codes]), axis=0, return_inverse=True, return_counts=True)
-    inverse, counts = known[1].reshape(-1), known[2]
-    old = np.unique(before, axis=0, return_inverse=True, return_counts=True)
+    shared = _repeated(codes)
+    keys = _keys(codes)
+    for old in map(_keys, before):
+        at = np.searchsorted(old, keys)
+        shared |= old[np.minimum(at, len(old) - 1)] == keys if len(old) else False
+    published = sum(len(c) for c in before)
     quantizer = store.find("quantizer", snapshot.manifest.models["quantizer"].id)
     at_fit = float(quantizer.metrics["health"]["error"]) if quantizer is not None else float("nan")
     return Drift(
         items=len(codes),
         error_ratio=float(added.manifest.metrics["error"]) / max(at_fit, 1e-12),
-        collision_rate=float((counts[inverse[len(before) :]] > 1).mean()),
-        collision_before=float((old[2][old[1].reshape(-1)] > 1).mean()),
-        balance_shift=_divergence(before[:, :2], codes[:, :2]),
+        collision_rate=float(shared.mean()),
+        collision_before=sum(int(_repeated(c).sum()) for c in before) / max(1, published),
+        balance_shift=_divergence(sum(_cells(c, added) for c in before), _cells(codes, added)),
     )
 
 
+def _repeated(codes: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of a segment's identifiers (n, levels) another of its items has too; they are sorted."""
+    same = np.zeros(len(codes) + 1, bool)
+    same[1:-1] = (codes[1:] == codes[:-1]).all(axis=1)
+    return same[1:] | same[:-1]
+
+
+def _keys(codes: np.ndarray) -> np.ndarray:
+    """(n,) byte strings in the order of the identifiers (n, levels)."""
+    return np.ascontiguousarray(codes.astype(">u2")).view(f"S{2 * codes.shape[1]}").reshape(-1)
+
+
+def _cells(codes: np.ndarray, segment: Segment) -> np.ndarray:
+    """Items of each (modality, coarse) cell."""
+    modalities, coarse = segment.gallery.index.vocab_sizes[:2]
+    return np.bincount(codes[:, 0].astype(np.int64) * coarse + codes[:, 1], minlength=modalities * coarse)
+
+
 def _divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """Jensen-Shannon divergence in bits of two samples of coarse prefixes (n, 2), modality and cell."""
-    cells, inverse = np.unique(np.concatenate([a, b]), axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    p = np.bincount(inverse[: len(a)], minlength=len(cells)) / max(len(a), 1)
-    q = np.bincount(inverse[len(a) :], minlength=len(cells)) / max(len(b), 1)
+    """Jensen-Shannon divergence in bits of two histograms."""
+    p, q = a / max(a.sum(), 1), b / max(b.sum(), 1)
     middle = (p + q) / 2
 
     def against(x: np.ndarray) -> float:

@@ -14,8 +14,17 @@ from ace_store import Store
 from ace_store.store import folder_of
 from pipelines.progress import Reporter
 
-KINDS: tuple[PartKind, ...] = ("features", "texts", "aligner", "quantizer", "generator", "segment", "snapshot")
-_POINTED: tuple[PartKind, ...] = ("features", "aligner", "quantizer", "generator")
+KINDS: tuple[PartKind, ...] = (
+    "features",
+    "captions",
+    "texts",
+    "aligner",
+    "quantizer",
+    "generator",
+    "segment",
+    "snapshot",
+)
+_POINTED: tuple[PartKind, ...] = ("features", "captions", "aligner", "quantizer", "generator")
 
 
 @dataclass(frozen=True)

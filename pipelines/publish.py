@@ -76,7 +76,8 @@ class Models:
 def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
     """Publish all items of the latest features; nothing is done when that is what ``CURRENT`` names.
 
-    Items stream through: memory holds their identifiers and training captions, not their vectors or attributes.
+    Items stream through: memory holds ids, captions and attributes of all while it decides which captions the index may
+    know, then only identifiers; vectors never.
 
     Raises:
         StoreError: parts do not belong together, or another publisher was faster.

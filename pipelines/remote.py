@@ -29,6 +29,11 @@ REFUSED = {
     "serve": "Use `serve deploy deploy/serve.yaml`, or deploy/rayservice.yaml on Kubernetes.",
     "settings": "It needs no cluster.",
 }
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 Say = Callable[[str], None]
 
@@ -68,7 +73,7 @@ def entrypoint(names: Sequence[str], command: Any, values: Mapping[str, Any]) ->
             options.append(parameter.opts[0])
         else:
             options += [word for one in many for word in (parameter.opts[0], one)]
-    words = ["python", "-m", "pipelines.cli", *names, *options, *(["--", *positional] if positional else [])]
+    words = ["python3", "-m", "pipelines.cli", *names, *options, *(["--", *positional] if positional else [])]
     return shlex.join(words)
 
 
@@ -86,7 +91,6 @@ def run_as_job(address: str, line: str, settings: Settings, say: Say, *, client:
     """
     if "://" not in settings.store:
         say(f"the store is the folder {settings.store}: it must be one that all nodes of the cluster share")
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     client = client or _connect(address)
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="ace-job-") as folder:
@@ -117,6 +121,8 @@ def run_as_job(address: str, line: str, settings: Settings, say: Say, *, client:
 def _connect(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as e:

@@ -189,3 +189,20 @@ def test_drift_is_measured(copy: Copy) -> None:
     assert same.balance_shift == pytest.approx(0, abs=1e-9) and same.error_ratio == pytest.approx(1, rel=1e-3)
     assert same.collision_rate == 1 and isinstance(snapshot.segments[0], Segment)
     assert np.isfinite(same.collision_before)
+
+
+def test_drift_counts_as_a_plain_loop_does() -> None:
+    """Identifiers compared as byte strings, zeros at their end included."""
+    from collections import Counter
+
+    from pipelines.drift import _keys, _repeated
+
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, (500, 4)).astype(np.uint16)
+    codes[::7] *= 256
+    codes = codes[np.lexsort(codes.T[::-1])]
+    assert (np.diff(np.unique(_keys(codes), return_inverse=True)[1]) >= 0).all()  # the order is that of the tokens
+    rows = [tuple(c) for c in codes.tolist()]
+    counts = Counter(rows)
+    assert _repeated(codes).tolist() == [counts[r] > 1 for r in rows]
+    assert len(np.unique(_keys(codes))) == len(counts)

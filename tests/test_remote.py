@@ -67,7 +67,7 @@ def test_the_same_command_runs_there_with_the_settings_of_here(
     words = "search a&b -k 3 -m audio --where colour=red --where size=2 --json -c mine.yaml -s corpus.path=media"
     assert cli.main(["--address", "http://head:8265", *words.split(), "--store", "s3://bucket/ace"]) == 0
     assert fake.given["line"] == (
-        "python -m pipelines.cli search --config ace.yaml -k 3 --modality audio --where colour=red --where size=2 "
+        "python3 -m pipelines.cli search --config ace.yaml -k 3 --modality audio --where colour=red --where size=2 "
         "--json -- 'a&b'"
     )
     settings = fake.given["settings"]
@@ -81,7 +81,7 @@ def test_the_same_command_runs_there_with_the_settings_of_here(
 
 def test_groups_of_commands_and_refusals(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--address", "http://head:8265", "fit", "all"]) == 0
-    assert fake.given["line"] == "python -m pipelines.cli fit all --config ace.yaml"
+    assert fake.given["line"] == "python3 -m pipelines.cli fit all --config ace.yaml"
     assert "all nodes" in capsys.readouterr().err  # a folder is no place that a cluster shares by itself
     for words, said in ((["demo"], "does not run as a job"), (["ingest", "--nosuch"], "No such option")):
         fake.given.clear()
@@ -127,10 +127,12 @@ def head() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="ace-ray-", ignore_cleanup_errors=True) as folder:
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
-            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0",
+            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={_free_port()}",
+            f"--dashboard-agent-listen-port={_free_port()}",
             f"--temp-dir={folder}", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the jobs' python3
         log = Path(folder) / "start.log"
         with log.open("w") as out:
             started = subprocess.Popen(
