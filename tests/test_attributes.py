@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ace_core.attributes import facets, matching, typed_attributes
+from ace_core.attributes import attribute_types, common_types, facets, matching, typed_attributes
 from ace_core.errors import QueryError
 
 ROWS = [
@@ -74,3 +74,60 @@ def test_facets_add_up_over_segments(column: pa.StructArray) -> None:
     found = {facet.name: facet for facet in facets([column, typed_attributes([{"colour": "blue"}] * 3)])}
     assert found["colour"].values == (("blue", 4), ("red", 2))
     assert found["size"].type == "int64" and found["size"].distinct == 2
+
+
+def _by_hand(rows: list[dict]) -> tuple[dict[str, str], list[dict]]:
+    """Types and values as a plain loop over Python values finds them."""
+
+    def text(value: object) -> object:
+        return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    types, columns = {}, {}
+    for name in sorted({name for row in rows for name in row}):
+        values = [row.get(name) for row in rows]
+        kinds = {type(v) for v in values if v is not None}
+        if kinds == {bool}:
+            types[name], columns[name] = "bool", values
+        elif kinds == {int} and all(abs(v) < 2**62 for v in values if v is not None):
+            types[name], columns[name] = "int64", values
+        elif kinds and kinds <= {int, float}:
+            types[name], columns[name] = "double", [None if v is None else float(v) for v in values]
+        else:
+            types[name], columns[name] = "string", [text(v) for v in values]
+    return types, [{n: columns[n][i] for n in columns} for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"a": 1, "b": "x"}, {"a": 2}, {"b": "y", "c": True}, {}],
+        [{"when": "2024-01-02"}, {"when": "2024-01-02T03:04:05Z"}],  # dates stay the text they are
+        [{"n": 1}, {"n": 2.5}, {"n": None}],
+        [{"n": 1}, {"n": True}],
+        [{"n": 1}, {"n": "1"}, {"n": [1, 2]}, {"n": {"deep": None}}],
+        [{"n": 2**70}, {"n": 3}],
+        [{"only": None}, {"only": None}],
+        [{"text": 'quote " and \\ and \n line', "ü": "naïve"}, {"text": ""}],
+        [{"same": "one", "k": 5}] * 40,
+        [{"list": []}, {"list": ["a"]}],
+        [{}, {}],
+    ],
+)
+def test_types_and_values_are_those_of_a_plain_loop(rows: list[dict]) -> None:
+    types, values = _by_hand(rows)
+    for column in (typed_attributes([json.dumps(r) for r in rows]), typed_attributes(rows)):
+        assert {field.name: str(field.type) for field in column.type} == types
+        assert column.to_pylist() == values
+
+
+def test_groups_of_items_share_types() -> None:
+    groups = [[{"a": 1, "b": 1}], [{"a": 0.5, "b": "x", "c": None}], [{"c": True}]]
+    texts = [pa.array([json.dumps(row) for row in group]) for group in groups]
+    types: dict[str, pa.DataType] = {}
+    for rows in texts:
+        types = common_types(types, attribute_types(rows))
+    columns = [typed_attributes(rows, types) for rows in texts]
+    assert {str(column.type) for column in columns} == {"struct<a: double, b: string, c: bool>"}
+    assert [column.to_pylist()[0] for column in columns] == [
+        {"a": 1.0, "b": "1", "c": None}, {"a": 0.5, "b": "x", "c": None}, {"a": None, "b": None, "c": True},
+    ]  # fmt: skip
