@@ -46,7 +46,7 @@ class Captioner:
                 remedy="Give the folder or hub name of a captioning model, BLIP for example.",
             )
         if name == "audio":
-            loaders = (transformers.AutoModelForSpeechSeq2Seq, transformers.AutoFeatureExtractor)
+            loaders: tuple[Any, ...] = (transformers.AutoModelForSpeechSeq2Seq, transformers.AutoFeatureExtractor)
         else:
             loaders = (transformers.AutoModelForImageTextToText, transformers.AutoImageProcessor)
         loaded = load_checkpoint(path, *loaders, transformers.AutoTokenizer, setting=f"caption.{name}")

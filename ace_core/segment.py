@@ -35,11 +35,22 @@ ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
 
+_RUN = 65_536  # rows that become Python objects at a time
 
-def item_versions(items: pa.Table) -> pa.Array:
+
+def item_versions(items: pa.Table) -> pa.ChunkedArray:
     """(n,) text that changes when an item's content, place, captions or attributes do: what `ace add` compares."""
-    columns = (items.column(name).to_pylist() for name in ("content_hash", "uri", "captions", "attributes"))
-    return pa.array([hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest() for row in zip(*columns)])
+    runs = items.select(["content_hash", "uri", "captions", "attributes"]).to_batches(max_chunksize=_RUN)
+    return pa.chunked_array(
+        [
+            [
+                hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest()
+                for row in zip(*(column.to_pylist() for column in run.columns))
+            ]
+            for run in runs
+        ],
+        pa.string(),
+    )
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,11 @@ class SegmentWriter:
                         shapes = {"vectors": ((self._count, width), np.int8), "scales": ((self._count,), np.float32)}
                         vectors = (self._folder / "vectors.safetensors").open("wb")
                         vectors.write(array_header(shapes)[0])
-                    vectors.write(_unpacked(rows.column("vector"), np.int8))
+                    vectors.write(_unpacked(rows.column("vector"), np.int8).data)
                     scales[start:end] = rows.column("scale").to_numpy()
                 start = end
             if vectors is not None:
-                vectors.write(scales)
+                vectors.write(scales.data)
         finally:
             for opened in (items, vectors):
                 if opened is not None:

@@ -98,15 +98,16 @@ def _local_swap(location: Location, body: bytes, seen: Current) -> None:
 def _other_swap(location: Location, body: bytes, seen: Current) -> bool:
     handler = getattr(location.filesystem, "handler", None)
     lock = location.path(f".{CURRENT_NAME}.lock")
-    guarded = handler is not None and _locked(handler.fs, lock, location)
+    filesystem = None if handler is None else handler.fs
+    guarded = filesystem is not None and _locked(filesystem, lock, location)
     try:
         if read_current(location) != seen:
             raise _conflict(location)
         with location.filesystem.open_output_stream(location.path(CURRENT_NAME)) as f:
             f.write(body)
     finally:
-        if guarded:
-            handler.fs.rm_file(lock)
+        if filesystem is not None and guarded:
+            filesystem.rm_file(lock)
     return guarded
 
 

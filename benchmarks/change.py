@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ace_core.aligner import CaptionPairs, fit_aligner
+from ace_core.aligner import CaptionPairs
+from ace_core.aligner_training import fit_aligner
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings, SearchSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import search_candidates

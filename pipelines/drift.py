@@ -69,7 +69,7 @@ def measure_drift(snapshot: Snapshot, added: Segment, store: Store) -> Drift:
         error_ratio=float(added.manifest.metrics["error"]) / max(at_fit, 1e-12),
         collision_rate=float(shared.mean()),
         collision_before=sum(int(_repeated(c).sum()) for c in before) / max(1, published),
-        balance_shift=_divergence(sum(_cells(c, added) for c in before), _cells(codes, added)),
+        balance_shift=_divergence(np.sum([_cells(c, added) for c in before], axis=0), _cells(codes, added)),
     )
 
 

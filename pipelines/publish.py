@@ -131,7 +131,7 @@ def segment_part(
         chosen: (n,) bool over the items of the part in the order of its files; None for all.
     """
     inputs: dict[str, str] = {"features": features.id} | {str(kind): part for kind, part in models.ids.items()}
-    which = None if chosen is None else hashlib.sha256(np.packbits(chosen)).hexdigest()
+    which = None if chosen is None else hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()
     segment_id = fingerprint("segment", inputs, models.vectors, settings.split.model_dump(), which)
     if store.find("segment", segment_id) is None:
         captions = load_captions(store, models.texts)
