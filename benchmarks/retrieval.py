@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, help="folder for features computed on the way (default: FOLDER of --json)"
     )
-    parser.add_argument("--quick", action="store_true", help="a small part, in a minute or two")
+    parser.add_argument("--quick", action="store_true", help="a small part, in a minute")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
     parser.add_argument("--generator", action="append", default=[], metavar="KEY=VALUE", help="a generator setting")
     parser.add_argument(
@@ -275,11 +275,11 @@ def main() -> None:
     parser.add_argument("--ablation-captions", type=int, default=4000, help="captions that ablated generators train on")
     args = parser.parse_args()
     if args.quick:
-        args.queries, args.ablation_captions = min(args.queries, 150), min(args.ablation_captions, 256)
+        args.queries, args.ablation_captions = min(args.queries, 60), min(args.ablation_captions, 128)
     torch.set_num_threads(1)
     cache = args.cache or (args.json.parent if args.json else Path.cwd())
     cache.mkdir(parents=True, exist_ok=True)
-    data = load_sets(args.data, args.set, cache, most=60 if args.quick else None)
+    data = load_sets(args.data, args.set, cache, most=40 if args.quick else None)
     world = make_world(data, text_table(data.captions, cache), args.queries)
     aligner, quantizer, generator = AlignerSettings(), QuantizerSettings(), GeneratorSettings()
     if args.quick:

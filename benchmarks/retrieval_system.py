@@ -200,7 +200,8 @@ class System:
     def _validation(self) -> np.ndarray:
         """Validation captions of items that this system was fitted on, evenly spread."""
         at = self.world.validation[self.world.present[self.world.data.rows[self.world.validation]]]
-        return at[:: max(1, len(at) // _RANKING_QUERIES)]
+        most = min(_RANKING_QUERIES, 2 * len(self.world.unseen.at))
+        return at[:: max(1, len(at) // most)]
 
     def batch(self, at: np.ndarray) -> QueryBatch:
         mask = self.world.text.mask[at]

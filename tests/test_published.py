@@ -14,10 +14,10 @@ from ace_core.config import CorpusSettings, load_settings
 from ace_core.errors import CorpusError
 from ace_core.items import Modality
 from benchmarks import paper
-from benchmarks.published import PUBLISHED, PublishedSet, load_published
+from benchmarks.published import PUBLISHED, PublishedItem, PublishedSet, load_published
 from pipelines.sources import list_corpus
 from tests.corpora import COLOURS, SHAPES, write_clip, write_picture, write_tone
-from tests.world import SMALL
+from tests.world import SMALL, World
 
 SPLITS = ("train",) * 4 + ("val", "test")
 
@@ -195,6 +195,29 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_what_is_measured(world: World) -> None:
+    items = [PublishedItem(row["path"], tuple(row["captions"]), row["split"]) for row in world.rows]
+    items.append(PublishedItem("images/undecodable.png", ("a caption that nothing answers",), "test"))
+    published = PublishedSet("flickr30k", Modality.IMAGE, world.corpus, tuple(items), {"test": 2})
+    rows, figures = paper.measure(published, world.settings, world.store, queries=500)
+    tested = [row for row in world.rows if row["split"] == "test"]
+    gallery = {"unseen_test": len(tested), "unseen_all": 64, "seen_all": 64}
+    methods = ("dual tower, exact", "ACE, one-shot")
+    assert [row[0] for row in rows] == [f"{where}: {m}" for where in gallery for m in methods]
+    assert figures["missing"] == {"test": 2} and figures["ingested"] == 64
+    for name, result in figures["tables"].items():
+        where = name.partition(":")[0]
+        assert result["gallery"] == gallery[where]
+        if where != "seen_all":  # every caption of every test item that is there
+            assert result["queries"] == sum(len(row["captions"]) for row in tested)
+        assert 0 <= result["recall_1"]["value"] <= result["recall_10"]["value"] <= 1
+    assert figures["tables"]["unseen_test: ACE, one-shot"]["recall_10"]["value"] == 1  # fewer than ten items
+    _, few = paper.measure(published, world.settings, world.store, queries=4)
+    assert few["tables"]["unseen_all: ACE, one-shot"]["queries"] <= 4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_one_command_measures_a_set(ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     karpathy(tmp_path / "data", "flickr30k", pictures=36)
