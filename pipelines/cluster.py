@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -144,17 +144,30 @@ def _check_budget(what: str, pool: Pool, *, spare: int) -> None:
         )
 
 
+Lost = Callable[[np.ndarray, str], dict[str, np.ndarray]]
+
+
 def map_rows(
-    work: pa.Table, transform: type, pool: Pool, batch_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    work: pa.Table,
+    transform: type,
+    pool: Pool,
+    batch_size: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    lost: Lost | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Map a class over the batches of a table on Ray Data, in a pool of actors that each hold one instance of it.
 
     When actors die (a lost node, no memory), what has not come back is given to new ones, so that every row comes back
-    exactly once. Ray's own way, restarting without end, would never end on an input that kills its worker.
+    exactly once. Ray's own way, restarting without end, would never end on an input that kills its worker. When they
+    die again, and ``lost`` is given, the rows in front are tried one by one: one that kills two actors is answered
+    with what ``lost`` says, and the others go on.
 
     Args:
-        work: has a column ``row`` 0..n-1, which ``transform`` must pass through.
+        work: has a column ``row`` 0..n-1, which ``transform`` must pass through (more than once if it likes).
         args, kwargs: of the class.
+        lost: rows (n,) and a reason to the result for them; None where no row may be lost.
 
     Raises:
         AceError: what the class raised, or that its actors keep dying.
@@ -164,7 +177,7 @@ def map_rows(
 
     block = batch_size * max(1, min(BLOCK_BATCHES, work.num_rows // (batch_size * pool.count * 4)))
     left = np.ones(work.num_rows, bool)
-    deaths = 0
+    deaths, died = 0, False
     while left.any():
         before = int(left.sum())
         todo = work.filter(pa.array(left))
@@ -186,12 +199,58 @@ def map_rows(
             if isinstance(e, RayTaskError) or not begun or not any(isinstance(c, _deadly()) for c in causes):
                 reraise(e)
             deaths = deaths + 1 if int(left.sum()) == before else 1
+            died_before, died = died, True
+            if lost is not None and died_before:
+                suspects = work.filter(pa.array(left)).slice(0, 2 * actors.count * block)
+                for result in _one_by_one(suspects, pool, (transform, args, kwargs), lost):
+                    left[result["row"]] = False
+                    yield result
+                deaths = 0
             if deaths > MAX_DEATHS:
                 raise AceError(
                     f"workers died {deaths} times in a row without finishing anything ({type(e).__name__})",
                     where=f"{transform.__name__}, {int(left.sum()):,} of {work.num_rows:,} rows left",
                     remedy="Most often memory ran out: lower compute.encoders or the batch size, and run it again.",
                 ) from None
+
+
+def _one_by_one(rows: pa.Table, pool: Pool, made_of: tuple[Any, ...], lost: Lost) -> Iterator[dict[str, np.ndarray]]:
+    """Rows one at a time on one actor, another one after each death; a row that two of them die on is lost.
+
+    Raises:
+        AceError: several rows in a row were lost, so it is not the rows.
+    """
+    import ray
+
+    actor_class = ray.remote(num_cpus=pool.threads, num_gpus=pool.gpus, max_restarts=0)(_OnActor)
+    actor: Any = None
+    in_a_row = 0
+    for number in range(rows.num_rows):
+        one = rows.slice(number, 1)
+        batch = {name: one.column(name).to_numpy() for name in one.column_names}
+        reason = ""
+        for _ in range(2):
+            actor = actor or actor_class.remote(*made_of)
+            try:
+                result = ray.get(actor.run.remote(batch))
+            except _deadly() as e:
+                actor, reason = None, type(e).__name__
+                continue
+            if _REFUSED in result:
+                raise _unpacked(result[_REFUSED][0])
+            in_a_row = 0
+            yield result
+            break
+        else:
+            in_a_row += 1
+            if in_a_row > MAX_DEATHS:
+                raise AceError(
+                    f"{in_a_row} rows one after the other killed the workers that had them ({reason})",
+                    where=made_of[0].__name__,
+                    remedy="Then it is not the rows: most often memory ran out, or a library is broken. Lower "
+                    "compute.encoders, or try the encoder by itself.",
+                )
+            yield lost(batch["row"], reason)
 
 
 def _deadly() -> tuple[type[BaseException], ...]:
@@ -220,6 +279,9 @@ class _OnActor:
             self._refused = json.dumps([type(e).__name__, e.found, e.where, e.remedy])
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.run(batch)
+
+    def run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._refused is not None:
             return {_REFUSED: np.array([self._refused])}
         result: dict[str, np.ndarray] = self._instance(batch)

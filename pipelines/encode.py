@@ -6,19 +6,27 @@ A plain class over a dictionary of arrays: Ray Data makes an actor of it, tests 
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ace_core.config import LimitSettings, MediaEncoderSettings
+from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings
 from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality
+from ace_core.media.causes import Cause, check_seconds
+from ace_core.media.segments import cut
 from ace_store import ItemReader, open_location
+
+Span = tuple[float, float] | None  # start and end of a segment in seconds; None for a whole file
+_SEGMENTS = 16  # of one file that are decoded before they are encoded
+_OPEN = 8  # files of known embeddings in memory
 
 
 @dataclass(frozen=True)
@@ -27,22 +35,27 @@ class KnownEmbeddings:
 
     Attributes:
         filesystem: that holds the files.
-        where: content hash to (Parquet file, row in it).
+        where: content hash to segment to (Parquet file, row in it).
     """
 
     filesystem: fs.FileSystem | None = None
-    where: dict[str, tuple[str, int]] = field(default_factory=dict)
+    where: dict[str, dict[Span, tuple[str, int]]] = field(default_factory=dict)
+    _open: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
-    def get(self, content_hash: str) -> np.ndarray | None:
-        """The embedding (d,) float16 of a file with these bytes, or None."""
-        if content_hash not in self.where:
-            return None
-        path, row = self.where[content_hash]
+    def get(self, content_hash: str) -> dict[Span, np.ndarray]:
+        """Embeddings (d,) float16 of a file with these bytes, by segment; empty where none are known."""
         try:
-            table = pq.read_table(path, columns=["embedding"], filesystem=self.filesystem, partitioning=None)
+            return {span: self._vectors(path)[row] for span, (path, row) in self.where.get(content_hash, {}).items()}
         except OSError:
-            return None  # removed meanwhile: encode again
-        return embeddings_of(table.slice(row, 1))[0]
+            return {}  # removed meanwhile: encode again
+
+    def _vectors(self, path: str) -> np.ndarray:
+        if path not in self._open:
+            while len(self._open) >= _OPEN:
+                self._open.pop(next(iter(self._open)), None)
+            table = pq.read_table(path, columns=["embedding"], filesystem=self.filesystem, partitioning=None)
+            self._open[path] = embeddings_of(table)
+        return self._open[path]
 
 
 class EncodeItems:
@@ -52,6 +65,7 @@ class EncodeItems:
         corpus: the corpus folder or URI.
         threads: CPU threads for decoding and encoding.
         device: "cpu" or "cuda".
+        segments: how long files are cut; None leaves all of them whole.
     """
 
     def __init__(
@@ -63,6 +77,7 @@ class EncodeItems:
         *,
         threads: int,
         device: str,
+        segments: SegmentSettings | None = None,
         known: KnownEmbeddings | None = None,
     ) -> None:
         import torch
@@ -71,10 +86,15 @@ class EncodeItems:
 
         torch.set_num_threads(threads)
         self._encoder = load_media_encoder(modality, encoder, limits, device)
+        self._device = device
+        self._batch = encoder.batch_size
         self._reader = ItemReader(open_location(corpus))
         self._limits = limits
+        self._overlap = segments.overlap if segments else 0.0
+        self._segment_seconds = segments.seconds(modality) if segments else 0.0
         self._known = known or KnownEmbeddings()
         self._pool = ThreadPoolExecutor(threads)
+        self._encoding = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode n files.
@@ -83,18 +103,21 @@ class EncodeItems:
             batch: ``row`` (n,) int64 and ``uri`` (n,) of files below the corpus folder, ``bytes`` (n,) their sizes.
 
         Returns:
-            ``row``; ``cause`` (n,) text, empty for a good file, else why it is none, and ``detail``;
-            ``content_hash`` (n,); ``embedding`` (n, d) float16, zero for a bad file; ``reused`` (n,) bool.
+            m >= n rows, as a long file has one for each of its segments: ``row``; ``start`` and ``end`` (m,) float64
+            seconds, NaN for a whole file; ``cause`` (m,) text, empty for a good one, else why it is none, and
+            ``detail``; ``content_hash`` (m,); ``embedding`` (m, d) float16, zero for a bad one; ``reused`` (m,) bool.
         """
-        loaded = list(self._pool.map(self._load, batch["uri"], batch["bytes"]))
-        good = [i for i, one in enumerate(loaded) if one.cause == "" and one.embedding is None]
-        self._encode([loaded[i] for i in good])
+        of_files = self._pool.map(self._load, batch["row"].tolist(), batch["uri"], batch["bytes"])
+        loaded = [one for of_file in of_files for one in of_file]
+        self._encode([one for one in loaded if one.decoded is not None])
         embeddings = np.zeros((len(loaded), self._encoder.dim), np.float16)
         for number, one in enumerate(loaded):
             if one.embedding is not None:
                 embeddings[number] = one.embedding
         return {
-            "row": batch["row"],
+            "row": np.array([one.row for one in loaded], np.int64),
+            "start": np.array([one.span[0] if one.span else math.nan for one in loaded], np.float64),
+            "end": np.array([one.span[1] if one.span else math.nan for one in loaded], np.float64),
             "cause": np.array([one.cause for one in loaded], dtype=object),
             "detail": np.array([one.detail for one in loaded], dtype=object),
             "content_hash": np.array([one.content_hash for one in loaded], dtype=object),
@@ -102,20 +125,59 @@ class EncodeItems:
             "embedding": embeddings,
         }
 
-    def _load(self, uri: str, size: int) -> _Loaded:
-        out = _Loaded()
+    @staticmethod
+    def lost(rows: np.ndarray, reason: str) -> dict[str, np.ndarray]:
+        """What :meth:`__call__` would say of files (n,) that its process died on."""
+        count = len(rows)
+        return {
+            "row": rows,
+            "start": np.full(count, np.nan),
+            "end": np.full(count, np.nan),
+            "cause": np.array([Cause.CRASHED.value] * count, dtype=object),
+            "detail": np.array([f"the encoder's process died on it, twice ({reason})"] * count, dtype=object),
+            "content_hash": np.array([""] * count, dtype=object),
+            "reused": np.zeros(count, bool),
+            "embedding": np.zeros((count, 0), np.float16),
+        }
+
+    def _load(self, row: int, uri: str, size: int) -> list[_Loaded]:
+        """A file decoded; the segments of a long one, decoded and encoded; or why not."""
+        whole = _Loaded(row)
         try:
             if size > self._limits.max_bytes:  # known from the listing: not worth reading
                 raise MediaError("too-large", f"the file has {size:,} bytes, the limit is {self._limits.max_bytes:,}")
             data = self._read(uri)
-            out.content_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
-            out.embedding = self._known.get(out.content_hash)
-            out.reused = out.embedding is not None
-            if out.embedding is None:
-                out.decoded = self._encoder.decode(data)
+            whole.content_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
+            if known := self._known.get(whole.content_hash):
+                return [replace(whole, span=s, embedding=known[s], reused=True) for s in sorted(known, key=_start)]
+            if self._segment_seconds:
+                return self._parts(whole, data)
+            whole.decoded = self._encoder.decode(data)
         except Exception as e:  # whatever a file makes a decoder do, it is that file's row and nobody else's
-            out.fail(e)
-        return out
+            whole.fail(e)
+        return [whole]
+
+    def _parts(self, whole: _Loaded, data: bytes) -> list[_Loaded]:
+        with self._encoder.decoder.opened(data) as media:
+            seconds = media.seconds()
+            spans = cut(seconds, self._segment_seconds, self._overlap)
+            if not spans:
+                whole.decoded = media.part()
+                return [whole]
+            check_seconds(seconds, self._limits)
+            parts = []
+            for first in range(0, len(spans), _SEGMENTS):  # encoded as they come: hours of it would fill the memory
+                group = [replace(whole, span=span) for span in spans[first : first + _SEGMENTS]]
+                for one in group:
+                    try:
+                        one.decoded = media.part(*(one.span or ()))
+                    except MediaError as e:
+                        one.fail(e)
+                self._encode([one for one in group if one.decoded is not None])
+                parts += group
+        if all(one.cause for one in parts):  # a bad file is one row, however long it is
+            return [replace(parts[0], span=None)]
+        return parts
 
     def _read(self, uri: str) -> bytes:
         try:
@@ -124,20 +186,36 @@ class EncodeItems:
             raise MediaError("unreadable", f"the file cannot be read ({e})") from None
 
     def _encode(self, items: list[_Loaded]) -> None:
+        """Encode decoded items, in batches of a size that is tried out with the first ones where none is set."""
+        if not items:
+            return
+        with self._encoding:
+            size = self._batch if isinstance(self._batch, int) else self._tried([one.decoded for one in items])
+            for first in range(0, len(items), size):
+                self._encode_batch(items[first : first + size])
+
+    def _tried(self, decoded: list[Any]) -> int:
+        from ace_core.encoders.batching import MOST, best_batch
+
+        try:
+            self._batch = best_batch(self._encoder.encode, decoded, MOST[self._device])
+        except Exception:  # one of them is bad, which _encode_batch finds out: the next ones are tried with
+            return len(decoded)
+        return self._batch
+
+    def _encode_batch(self, items: list[_Loaded]) -> None:
+        items = [one for one in items if one.decoded is not None]
         if not items:
             return
         try:
             for one, vector in zip(items, self._encoder.encode([one.decoded for one in items])):
                 one.embedding = vector.astype(np.float16)
-        except Exception:
+        except Exception as e:
             if len(items) > 1:  # one of them is the cause: the others shall not suffer for it
                 for one in items:
-                    self._encode([one])
+                    self._encode_batch([one])
                 return
-            try:
-                items[0].embedding = self._encoder.encode([items[0].decoded])[0].astype(np.float16)
-            except Exception as e:
-                items[0].fail(e)
+            items[0].fail(e)
         for one in items:
             one.decoded = None
             if one.embedding is not None and not (np.isfinite(one.embedding).all() and one.embedding.any()):
@@ -145,10 +223,16 @@ class EncodeItems:
                 one.fail(MediaError("no-content", "the encoder finds nothing in it (its vector is zero or not finite)"))
 
 
+def _start(span: Span) -> float:
+    return span[0] if span else 0.0
+
+
 @dataclass
 class _Loaded:
-    """One file on its way."""
+    """One file, or one segment of it, on its way."""
 
+    row: int
+    span: Span = None
     cause: str = ""
     detail: str = ""
     content_hash: str = ""

@@ -25,8 +25,10 @@ from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.encode import EncodeItems, KnownEmbeddings
 from pipelines.progress import Reporter, duration
-from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_ids, item_rows, not_in
+from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_files, item_rows, not_in, segment_id
 from pipelines.sources import Listing, list_corpus
+
+FILES_TOGETHER = {"cpu": 32, "cuda": 256}  # files that an encoder gets at once where it chooses its own batch
 
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -41,8 +43,8 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     reporter.say(f"{listing.root}: {listing.summary}")
     present = [m for m in MODALITIES if listing.of(m).num_rows]
     identities = encoder_identities(settings, present)
-    limits = settings.limits.model_dump()
-    part_id = fingerprint("features", listing.root, listing.digest(), identities, limits)
+    marks = {m: encoder_mark(settings, m, identity) for m, identity in identities.items()}
+    part_id = fingerprint("features", listing.root, listing.digest(), marks, settings.limits.model_dump())
     manifest = store.find("features", part_id)
     if manifest is not None:
         reporter.say(f"features {part_id}: nothing changed, nothing to do")
@@ -50,7 +52,7 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
         return manifest
     writer = PartWriter.resume(store, part_id, settings.corpus.shard_items, settings.corpus.shard_seconds)
     for modality in present:
-        _ingest_modality(settings, writer, listing, modality, identities[modality], reporter)
+        _ingest_modality(settings, writer, listing, modality, marks[modality], reporter)
     manifest = _seal(settings, writer, listing, identities, time.monotonic() - started, reporter)
     _summarise(manifest, store, reporter)
     return manifest
@@ -61,6 +63,12 @@ def encoder_identities(settings: Settings, modalities: list[Modality]) -> dict[s
     from ace_core.encoders import load_media_encoder
 
     return {m.value: load_media_encoder(m, settings.encoders.media(m), settings.limits).identity for m in modalities}
+
+
+def encoder_mark(settings: Settings, modality: str, identity: str) -> str:
+    """What gave a modality's rows: the encoder, and how long files are cut for it."""
+    seconds = settings.segments.seconds(Modality(modality))
+    return fingerprint(identity, seconds, settings.segments.overlap) if seconds else identity
 
 
 def _ingest_modality(
@@ -87,10 +95,11 @@ def _ingest_modality(
             items = None
             if len(good):
                 hashes = pa.array(result["content_hash"][good], pa.string())
-                items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good])
+                start, end = (pa.array(result[name][good], from_pandas=True) for name in ("start", "end"))
+                items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good], start, end)
             buffer.add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
             bad += len(failed)
-            step.advance(rows.num_rows, f"{bad:,} bad" if bad else "")
+            step.advance(len(np.unique(result["row"])), f"{bad:,} bad" if bad else "")
         buffer.flush()
 
 
@@ -100,21 +109,22 @@ def _encoded(
     """Encode listed files on Ray; yields rows of ``missing`` with the results of :class:`EncodeItems` for them."""
     ensure_ray(settings.compute)
     encoder = settings.encoders.media(modality)
-    pool = encoder_pool(settings.compute, most=-(-missing.num_rows // encoder.batch_size))
+    together = encoder.batch_size if isinstance(encoder.batch_size, int) else FILES_TOGETHER[settings.compute.device]
+    pool = encoder_pool(settings.compute, most=-(-missing.num_rows // together))
     work = missing.select(["uri", "bytes"]).append_column("row", pa.array(np.arange(missing.num_rows)))
-    kwargs = {"threads": pool.threads, "device": pool.device, "known": known}
-    for result in map_rows(
-        work, EncodeItems, pool, encoder.batch_size, (modality, encoder, settings.limits, corpus), kwargs
-    ):
+    kwargs = {"threads": pool.threads, "device": pool.device, "segments": settings.segments, "known": known}
+    args = (modality, encoder, settings.limits, corpus)
+    for result in map_rows(work, EncodeItems, pool, together, args, kwargs, lost=EncodeItems.lost):
         yield missing.take(pa.array(result["row"])), result
 
 
 def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:
     chosen = rows.select(["item_id", "uri", "modality"]).take(pa.array(failed, pa.int64())).to_pylist()
-    return [
-        {**row, "cause": str(result["cause"][i]), "detail": str(result["detail"][i])}
-        for row, i in zip(chosen, failed.tolist())
-    ]
+    for row, i in zip(chosen, failed.tolist()):
+        row |= {"cause": str(result["cause"][i]), "detail": str(result["detail"][i])}
+        if not np.isnan(result["start"][i]):
+            row["item_id"] = segment_id(row["item_id"], result["start"][i], result["end"][i])
+    return chosen
 
 
 def _seal(
@@ -146,6 +156,7 @@ def _seal(
             "corpus_root": listing.root,
             "encoders": settings.encoders.model_dump(),
             "limits": settings.limits.model_dump(),
+            "segments": settings.segments.model_dump(),
         },
         metrics={
             "items": dict(items),
@@ -169,7 +180,7 @@ def _disappeared(store: Store, listing: Listing, reporter: Reporter) -> int:
     manifest = None if pointer is None else store.find("features", str(pointer["id"]))
     if manifest is None or manifest.settings.get("corpus_root") != listing.root:
         return 0
-    before = pa.table({"item_id": indexed_ids(store, manifest.id)})
+    before = pa.table({"item_id": indexed_files(store, manifest.id)})
     gone = not_in(before, listing.items.column("item_id").combine_chunks()).column("item_id").to_pylist()
     if gone:
         more = ", ..." if len(gone) > 3 else ""

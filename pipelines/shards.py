@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,10 @@ from ace_core.features import ERRORS_SCHEMA, ITEM_SCHEMA, embeddings_of, with_em
 from ace_core.items import Modality
 from ace_core.manifest import MANIFEST_NAME, FileEntry
 from ace_store import Store
-from pipelines.encode import KnownEmbeddings
+from pipelines.encode import KnownEmbeddings, Span
+
+_ID_COLUMNS = ("item_id", "start_seconds")
+_FRAGMENT = r"#t=[0-9.e+]+,[0-9.e+]+$"
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,12 @@ class PartWriter:
         return self.store.path("features", self.part_id, name)
 
     def done_ids(self, modality: Modality) -> pa.Array:
-        """Ids of the items of a modality that committed shards hold, good or bad."""
-        names = [n for s in self.shards if s.modality == modality for n in (s.items_file, s.errors_file) if n]
-        return _ids(self.store, [self.path(name) for name in names])
+        """Ids of the files of a modality that committed shards hold, good or bad."""
+        shards = [s for s in self.shards if s.modality == modality]
+        good = [self.path(s.items_file) for s in shards if s.items_file]
+        bad = [self.path(s.errors_file) for s in shards if s.errors_file]
+        ids = [_column(self.store, good, file_ids), _column(self.store, bad, lambda table: table.column("item_id"))]
+        return pa.chunked_array(ids, pa.string()).combine_chunks()
 
     def buffer(self, modality: Modality, encoder: str) -> ShardBuffer:
         """Where rows of one modality are collected until they make a shard."""
@@ -176,15 +183,38 @@ def committed_shards(store: Store, part_id: str) -> list[Shard]:
 
 def indexed_ids(store: Store, part_id: str) -> pa.Array:
     """Ids of all good items of a features part."""
-    files = [s.items_file for s in committed_shards(store, part_id)]
-    return _ids(store, [store.path("features", part_id, name) for name in files if name])
+    return _column(store, _item_files(store, part_id), lambda table: table.column("item_id"))
 
 
-def _ids(store: Store, paths: list[str]) -> pa.Array:
-    columns = [
-        pq.read_table(p, columns=["item_id"], filesystem=store.filesystem, partitioning=None).column(0) for p in paths
-    ]
-    return pa.chunked_array([c for column in columns for c in column.chunks], pa.string()).combine_chunks()
+def indexed_files(store: Store, part_id: str) -> pa.Array:
+    """Ids of all files of which a features part has an item: a long file's segments count once."""
+    return _column(store, _item_files(store, part_id), file_ids).unique()
+
+
+def _item_files(store: Store, part_id: str) -> list[str]:
+    names = (s.items_file for s in committed_shards(store, part_id))
+    return [store.path("features", part_id, name) for name in names if name]
+
+
+def _column(store: Store, paths: list[str], of: Callable[[pa.Table], pa.ChunkedArray]) -> pa.Array:
+    """A text column of several files, one after the other."""
+    chunks = []
+    for path in paths:
+        names = [n for n in pq.read_schema(path, filesystem=store.filesystem).names if n in _ID_COLUMNS]
+        table = pq.read_table(path, columns=names, filesystem=store.filesystem, partitioning=None)
+        chunks += of(table).chunks
+    return pa.chunked_array(chunks, pa.string()).combine_chunks()
+
+
+def segment_id(item_id: str, start: float, end: float) -> str:
+    """Id of a segment of a file, with the fragment that media players know: ``talk.mp4#t=30,60``."""
+    return f"{item_id}#t={start:g},{end:g}"
+
+
+def file_ids(items: pa.Table) -> pa.ChunkedArray:
+    """For rows of a features file, the ids of the files that they are or are segments of."""
+    ids = items.column("item_id")
+    return pc.if_else(pc.is_valid(items.column("start_seconds")), pc.replace_substring_regex(ids, _FRAGMENT, ""), ids)
 
 
 def earlier_parts(store: Store, part_id: str) -> list[str]:
@@ -211,12 +241,12 @@ def carry_over(
         parts: ids of earlier features parts.
 
     Returns:
-        how many rows were carried over, and where the other embeddings are by content.
+        how many files were carried over, and where the other embeddings are by content.
     """
     store = writer.store
     row_of = {item_id: row for row, item_id in enumerate(wanted.column("item_id").to_pylist())}
     uris, stamps = wanted.column("uri").to_pylist(), wanted.column("stamp").to_pylist()
-    known: dict[str, tuple[str, int]] = {}
+    known: dict[str, dict[Span, tuple[str, int]]] = {}
     buffer = writer.buffer(modality, encoder)
     carried = 0
     for part in parts:
@@ -226,30 +256,49 @@ def carry_over(
             path = store.path("features", part, shard.items_file)
             table = pq.read_table(path, filesystem=store.filesystem, partitioning=None)
             old_rows, new_rows = [], []
-            columns = (table.column(n).to_pylist() for n in ("item_id", "uri", "stamp", "content_hash"))
-            for number, (item_id, uri, stamp, content_hash) in enumerate(zip(*columns)):
-                known[content_hash] = (path, number)
-                row = row_of.get(item_id)
+            names = ("uri", "stamp", "content_hash", "start_seconds", "end_seconds")
+            columns = (column.to_pylist() for column in (file_ids(table), *(table.column(n) for n in names)))
+            for number, (file_id, uri, stamp, content_hash, start, end) in enumerate(zip(*columns)):
+                known.setdefault(content_hash, {})[None if start is None else (start, end)] = (path, number)
+                row = row_of.get(file_id)
                 if row is not None and uris[row] == uri and stamps[row] == stamp:
-                    del row_of[item_id]
                     old_rows.append(number)
                     new_rows.append(row)
             if old_rows:
                 old = table.take(pa.array(old_rows))
-                hashes = old.column("content_hash").combine_chunks()
-                buffer.add(
-                    item_rows(wanted.take(pa.array(new_rows)), hashes, embeddings_of(old)), [], reused=len(old_rows)
-                )
-                carried += len(old_rows)
+                hashes, start, end = (old.column(n).combine_chunks() for n in names[2:])
+                rows = wanted.take(pa.array(new_rows))
+                buffer.add(item_rows(rows, hashes, embeddings_of(old), start, end), [], reused=len(old_rows))
+                carried += len(set(new_rows))
+                for file_id in rows.column("item_id").unique().to_pylist():  # all its segments are in this one shard
+                    del row_of[file_id]
     buffer.flush()
     return carried, KnownEmbeddings(store.filesystem, known)
 
 
-def item_rows(listed: pa.Table, content_hash: pa.Array, embeddings: np.ndarray) -> pa.Table:
-    """Rows of a features file from n listed files, their hashes and embeddings (n, d)."""
+def item_rows(
+    listed: pa.Table,
+    content_hash: pa.Array,
+    embeddings: np.ndarray,
+    start: pa.Array | None = None,
+    end: pa.Array | None = None,
+) -> pa.Table:
+    """Rows of a features file from n listed files, their hashes and embeddings (n, d).
+
+    Args:
+        start, end: (n,) seconds of the segments that the rows are; null (or None for all) for whole files.
+    """
     missing = pa.nulls(listed.num_rows, pa.float64())
+    start, end = missing if start is None else start, missing if end is None else end
     columns = {name: listed.column(name) for name in listed.column_names}
-    columns |= {"content_hash": content_hash, "start_seconds": missing, "end_seconds": missing}
+    columns |= {"content_hash": content_hash, "start_seconds": start, "end_seconds": end}
+    columns["item_id"] = pa.array(
+        [
+            item_id if first is None else segment_id(item_id, first, last)
+            for item_id, first, last in zip(listed.column("item_id").to_pylist(), start.to_pylist(), end.to_pylist())
+        ],
+        pa.string(),
+    )
     table = pa.table([columns[name] for name in ITEM_SCHEMA.names], schema=ITEM_SCHEMA)
     return with_embeddings(table, embeddings)
 

@@ -37,6 +37,22 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ingestion without Ray: its transform is called in this process, batch by batch."""
+    from pipelines.cluster import Pool
+
+    def map_rows(work, transform, pool, batch_size, args, kwargs, *, lost=None):  # type: ignore[no-untyped-def]
+        instance = transform(*args, **kwargs)
+        for first in range(0, work.num_rows, batch_size):
+            batch = work.slice(first, batch_size)
+            yield instance({name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.column_names})
+
+    monkeypatch.setattr("pipelines.ingest.ensure_ray", lambda compute: None)
+    monkeypatch.setattr("pipelines.ingest.encoder_pool", lambda compute, most: Pool(1, 1, 0))
+    monkeypatch.setattr("pipelines.ingest.map_rows", map_rows)
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """A real S3 server (moto's) with a bucket called ``bucket``: the options to put behind ``s3://bucket/...``."""

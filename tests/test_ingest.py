@@ -251,7 +251,7 @@ def test_known_content_is_not_encoded_again(tmp_path: Path) -> None:
 
     listed = _list(tmp_path).items.slice(0, 1)
     pq.write_table(item_rows(listed, pa.array([first["content_hash"][0]]), vector), tmp_path / "old.parquet")
-    known = KnownEmbeddings(None, {str(first["content_hash"][0]): (str(tmp_path / "old.parquet"), 0)})
+    known = KnownEmbeddings(None, {str(first["content_hash"][0]): {None: (str(tmp_path / "old.parquet"), 0)}})
     result = _encode(tmp_path, ["b.wav", "a.wav"], known=known)
     assert result["reused"].tolist() == [False, True]
     np.testing.assert_array_equal(result["embedding"][1], vector[0])

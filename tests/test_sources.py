@@ -374,8 +374,7 @@ def test_a_webdataset_on_s3_that_changes(ray_cluster: None, s3: str, tmp_path: P
     assert all(np.array_equal(new[i], old[i]) for i in set(old) & set(new))
 
 
-@pytest.mark.ray
-def test_a_table_of_bytes_gives_the_vectors_of_the_same_files(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_table_of_bytes_gives_the_vectors_of_the_same_files(in_process: None, tmp_path: Path) -> None:
     data = [tone_bytes(200 + 10 * i) for i in range(30)]
     data[7] = b"fLaC and then nothing"
     for corpus in ("table", "folder"):

@@ -51,7 +51,7 @@ def load_media_encoder(
     if settings.kind == "frames":
         from ace_core.encoders.frames import FrameVideos
 
-        return FrameVideos(settings.frames, limits, device)
+        return FrameVideos(settings.frames, limits, device, settings.sampling)
     if settings.kind == "log-mel":
         from ace_core.encoders.logmel import LogMelSounds
 
@@ -61,7 +61,7 @@ def load_media_encoder(
     from ace_core.encoders import pretrained
 
     if modality is Modality.VIDEO:
-        return pretrained.PretrainedVideos(settings.path, settings.frames, limits, device)
+        return pretrained.PretrainedVideos(settings.path, settings.frames, limits, device, settings.sampling)
     if modality is Modality.AUDIO:
         return pretrained.PretrainedSounds(settings.path, limits, device)
     return pretrained.PretrainedImages(settings.path, limits, device)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from ace_core.encoders.protocol import precision as precision
 from ace_core.errors import ModelError
 
 # The other towers of dual encoders: dropped after loading, they would only hold memory.
@@ -79,8 +80,3 @@ def drop_parts(model: torch.nn.Module, names: tuple[str, ...]) -> None:
 def pooled_output(output: Any) -> torch.Tensor:
     """The feature tensor of a ``get_*_features`` call (a tensor in transformers 4, a model output in 5)."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def precision(device: str) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on the CPU."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ace_core.config import LimitSettings
 from ace_core.encoders.lite0 import SIDE, WIDTH, Lite0Images
-from ace_core.encoders.protocol import normalised
+from ace_core.encoders.protocol import normalised, sampled
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
 from ace_core.media.decoders import VideoDecoder
 from ace_core.media.isolate import guarded
+
+if TYPE_CHECKING:
+    from ace_core.media.video import Sampling
 
 _CELLS = 8  # the motion map's cells along each side
 _CHANGE_WEIGHT, _MOTION_WEIGHT = 0.5, 0.7  # against 1 for what is seen
@@ -33,16 +37,16 @@ class FrameVideos:
     modality = Modality.VIDEO
     shares_text_space = False
 
-    def __init__(self, frames: int, limits: LimitSettings, device: str = "cpu") -> None:
+    def __init__(self, frames: int, limits: LimitSettings, device: str = "cpu", sampling: Sampling = "uniform") -> None:
         self._images = Lite0Images(limits, device)
         self._frames = frames
-        self._decoder = guarded(VideoDecoder(limits, frames, SIDE))
+        self.decoder = guarded(VideoDecoder(limits, frames, SIDE, sampling=sampling))
         self.dim = 2 * WIDTH + frames * _CELLS**2
-        self.identity = fingerprint("frames", _REVISION, self._images.identity, frames)
+        self.identity = fingerprint("frames", _REVISION, self._images.identity, frames, *sampled(sampling))
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(frames, 224, 224, 3) uint8."""
-        return self._decoder(data, start, end)
+        return self.decoder(data, start, end)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised, of n (frames, 224, 224, 3) uint8 clips."""

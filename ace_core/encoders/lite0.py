@@ -15,7 +15,7 @@ from torch import nn
 
 from ace_core.config import LimitSettings
 from ace_core.encoders.embedded import packaged_file
-from ace_core.encoders.protocol import identity_of, normalised
+from ace_core.encoders.protocol import identity_of, normalised, precision
 from ace_core.errors import ModelError
 from ace_core.items import Modality
 from ace_core.media.decoders import ImageDecoder
@@ -124,15 +124,16 @@ class Lite0Images:
     def __init__(self, limits: LimitSettings, device: str = "cpu") -> None:
         weights = read_weights()
         # Twice the side, so that the last reduction is bicubic whatever the decoder did before it.
-        self._decoder = guarded(ImageDecoder(limits, min_side=2 * SIDE, side=SIDE))
+        self.decoder = guarded(ImageDecoder(limits, min_side=2 * SIDE, side=SIDE))
         self._device = torch.device(device)
-        self._model = FoldedLite0(weights).to(self._device)
+        self._dtype = precision(device)
+        self._model = FoldedLite0(weights).to(self._device, dtype=self._dtype)
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.identity = identity_of(weights, "efficientnet-lite0", SIDE)
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(224, 224, 3) uint8."""
-        return self._decoder(data)
+        return self.decoder(data)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, 1280) float32, L2-normalised, of n (224, 224, 3) uint8 pictures."""
@@ -146,5 +147,6 @@ class Lite0Images:
         for first in range(0, len(batch), max(1, chunk)):
             pixels = torch.from_numpy(np.stack(list(batch[first : first + chunk]))).to(self._device)
             # (n, h, w, 3) seen as (n, 3, h, w) is channels-last memory already: no copy.
-            parts.append(self._model((pixels.permute(0, 3, 1, 2).float() - 127) / 128).cpu().numpy())
+            scaled = (pixels.permute(0, 3, 1, 2).float() - 127) / 128
+            parts.append(self._model(scaled.to(self._dtype)).float().cpu().numpy())
         return np.concatenate(parts)

@@ -84,7 +84,7 @@ class LogMelSounds:
     shares_text_space = False
 
     def __init__(self, limits: LimitSettings) -> None:
-        self._decoder = guarded(AudioDecoder(limits, RATE))
+        self.decoder = guarded(AudioDecoder(limits, RATE))
         self.dim = len(self.features(np.zeros(RATE, np.float32)))
         self.identity = fingerprint("log-mel", _REVISION, RATE, self.dim)
 
@@ -103,7 +103,7 @@ class LogMelSounds:
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(samples,) float32, mono at 16 kHz."""
-        return self._decoder(data, start, end)
+        return self.decoder(data, start, end)
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised, of n sounds of any lengths."""

@@ -7,19 +7,22 @@ VideoMAE) the mean of their last layer's token features, for the aligner to proj
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ace_core.config import LimitSettings
-from ace_core.encoders.checkpoints import TEXT_PARTS, drop_parts, load_checkpoint, pooled_output, precision
-from ace_core.encoders.protocol import identity_of, normalised
+from ace_core.encoders.checkpoints import TEXT_PARTS, drop_parts, load_checkpoint, pooled_output
+from ace_core.encoders.protocol import identity_of, normalised, precision, sampled
 from ace_core.errors import SettingsError
 from ace_core.items import Modality
 from ace_core.media.decoders import AudioDecoder, ImageDecoder, VideoDecoder
 from ace_core.media.isolate import guarded
+
+if TYPE_CHECKING:
+    from ace_core.media.video import Sampling
 
 
 class PretrainedEncoder:
@@ -27,7 +30,7 @@ class PretrainedEncoder:
 
     modality: Modality
 
-    def __init__(self, path: str, processor_loader: Any, device: str, *revision: int) -> None:
+    def __init__(self, path: str, processor_loader: Any, device: str, *revision: int | str) -> None:
         from transformers import AutoModel
 
         setting = f"encoders.{self.modality}.path"
@@ -92,11 +95,11 @@ class PretrainedImages(PretrainedEncoder):
         size = getattr(self._processor, "size", None) or {}
         side = max((v for v in dict(size).values() if isinstance(v, int)), default=0)
         # Twice what the processor shrinks it to: its own filter does the last step.
-        self._decoder = guarded(ImageDecoder(limits, min_side=2 * side or None))
+        self.decoder = guarded(ImageDecoder(limits, min_side=2 * side or None))
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(h, w, 3) uint8."""
-        return self._decoder(data)
+        return self.decoder(data)
 
     def _blank(self) -> np.ndarray:
         return np.zeros((64, 64, 3), np.uint8)
@@ -114,11 +117,11 @@ class PretrainedSounds(PretrainedEncoder):
         from transformers import AutoFeatureExtractor
 
         super().__init__(path, AutoFeatureExtractor, device)
-        self._decoder = guarded(AudioDecoder(limits, self._processor.sampling_rate))
+        self.decoder = guarded(AudioDecoder(limits, self._processor.sampling_rate))
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(samples,) float32, mono at the model's own rate."""
-        return self._decoder(data, start, end)
+        return self.decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros(self._processor.sampling_rate, np.float32)
@@ -153,12 +156,14 @@ class PretrainedVideos(PretrainedEncoder):
 
     modality = Modality.VIDEO
 
-    def __init__(self, path: str, frames: int, limits: LimitSettings, device: str = "cpu") -> None:
+    def __init__(
+        self, path: str, frames: int, limits: LimitSettings, device: str = "cpu", sampling: Sampling = "uniform"
+    ) -> None:
         from transformers import AutoImageProcessor
 
         self._frames = frames
-        super().__init__(path, AutoImageProcessor, device, frames)
-        self._decoder = guarded(VideoDecoder(limits, frames))
+        super().__init__(path, AutoImageProcessor, device, frames, *sampled(sampling))
+        self.decoder = guarded(VideoDecoder(limits, frames, sampling=sampling))
 
     def _find_getter(self) -> str | None:
         config = getattr(self._model.config, "vision_config", self._model.config)
@@ -175,7 +180,7 @@ class PretrainedVideos(PretrainedEncoder):
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         """(frames, h, w, 3) uint8."""
-        return self._decoder(data, start, end)
+        return self.decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros((self._frames, 64, 64, 3), np.uint8)

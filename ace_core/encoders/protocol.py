@@ -12,6 +12,8 @@ import torch
 
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
+from ace_core.media.decoders import Decoder
+from ace_core.media.isolate import IsolatedDecoder
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class MediaEncoder(Protocol):
         dim: width d_m of its vectors.
         identity: hash of the weights and of every setting that changes a vector.
         shares_text_space: whether its vectors can be compared with those of its own text tower.
+        decoder: what ``decode`` calls; opens a long file once for all its parts.
     """
 
     @property
@@ -72,6 +75,8 @@ class MediaEncoder(Protocol):
     def identity(self) -> str: ...
     @property
     def shares_text_space(self) -> bool: ...
+    @property
+    def decoder(self) -> Decoder | IsolatedDecoder: ...
 
     def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> Any:
         """One file (or its part from ``start`` to ``end`` seconds; pictures have no parts) as one input of ``encode``.
@@ -90,6 +95,16 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to unit length, float32; a zero row stays zero."""
     vectors = np.asarray(vectors, dtype=np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def precision(device: str) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def sampled(sampling: str) -> tuple[str, ...]:
+    """What the sampling of frames adds to an encoder's identity."""
+    return () if sampling == "uniform" else (sampling,)
 
 
 def identity_of(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:

@@ -62,6 +62,24 @@ def decode_audio(
     return np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0, copy=False)
 
 
+def audio_seconds(data: bytes, limits: LimitSettings) -> float:
+    """Duration of a sound by its header; 0 where it does not say.
+
+    Raises:
+        MediaError: as :func:`decode_audio`.
+    """
+    check_bytes(data, limits)
+    if sniff(data) in _BY_FFMPEG:
+        from ace_core.media.ffmpeg import sound_seconds
+
+        return sound_seconds(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return max(0, file.frames) / file.samplerate
+    except (soundfile.LibsndfileError, TypeError) as e:
+        raise _refused(data, e) from None
+
+
 def _soundfile_blocks(
     data: bytes, limits: LimitSettings, start: float, end: float | None
 ) -> tuple[int, Iterator[np.ndarray]]:

@@ -3,16 +3,43 @@ can be given."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from ace_core.config import LimitSettings
 
 
+class OpenedMedia(Protocol):
+    """A file of which several things are asked."""
+
+    def seconds(self) -> float:
+        """Duration of the file; 0 where it has none or does not say."""
+        ...
+
+    def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
+        """The file, or its part from ``start`` to ``end`` seconds, decoded."""
+        ...
+
+
+class _Openable:
+    """What a decoder can do beside decoding one file at once."""
+
+    @contextmanager
+    def opened(self, data: bytes) -> Iterator[OpenedMedia]:
+        """The file, for as long as the block runs."""
+        yield _Opened(self, data)  # type: ignore[arg-type]
+
+    def seconds(self, data: bytes) -> float:
+        """Duration of a file; 0 where it has none or does not say."""
+        return 0.0
+
+
 @dataclass(frozen=True)
-class ImageDecoder:
+class ImageDecoder(_Openable):
     """Pictures to (h, w, 3) uint8. ``min_side``: as in ``decode_image``; ``side``: resized to (side, side, 3)."""
 
     limits: LimitSettings
@@ -27,7 +54,7 @@ class ImageDecoder:
 
 
 @dataclass(frozen=True)
-class AudioDecoder:
+class AudioDecoder(_Openable):
     """Sounds to (samples,) float32, mono at ``rate`` Hz."""
 
     limits: LimitSettings
@@ -38,9 +65,14 @@ class AudioDecoder:
 
         return decode_audio(data, self.limits, self.rate, start, end)
 
+    def seconds(self, data: bytes) -> float:
+        from ace_core.media.audio import audio_seconds
+
+        return audio_seconds(data, self.limits)
+
 
 @dataclass(frozen=True)
-class VideoDecoder:
+class VideoDecoder(_Openable):
     """Videos to (frames, h, w, 3) uint8, resized to ``side`` x ``side`` pixels if that is given.
 
     ``backend``: "decord" or "pyav"; None for the preferred one of this machine.
@@ -50,11 +82,32 @@ class VideoDecoder:
     frames: int
     side: int | None = None
     backend: Literal["decord", "pyav"] | None = None
+    sampling: Literal["uniform", "scenes"] = "uniform"
 
     def __call__(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
         from ace_core.media.video import decode_video
 
-        return decode_video(data, self.limits, self.frames, self.side, start, end, self.backend).frames
+        clip = decode_video(data, self.limits, self.frames, self.side, start, end, self.backend, self.sampling)
+        return clip.frames
+
+    def seconds(self, data: bytes) -> float:
+        from ace_core.media.video import video_seconds
+
+        return video_seconds(data, self.limits)
 
 
 Decoder = ImageDecoder | AudioDecoder | VideoDecoder
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """In this process there is nothing to keep open but the bytes."""
+
+    decoder: Decoder
+    data: bytes
+
+    def seconds(self) -> float:
+        return self.decoder.seconds(self.data)
+
+    def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
+        return self.decoder(self.data, start, end)

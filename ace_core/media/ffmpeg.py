@@ -93,7 +93,8 @@ def frames_at(container: av.container.InputContainer, times: np.ndarray) -> Iter
     A time past the end gives the last frame. Ends early when nothing can be decoded.
     """
     stream = container.streams.video[0]
-    stream.thread_count = 1
+    if not stream.codec_context.is_open:  # a second walk through the same container
+        stream.thread_count = 1
     tick = stream.time_base or Fraction(1, av.time_base)
     origin = float((stream.start_time or 0) * tick)
     half = 0.5 / float(stream.average_rate or 1000)  # timestamps are rounded to the stream's time base
@@ -119,6 +120,28 @@ def frames_at(container: av.container.InputContainer, times: np.ndarray) -> Iter
         yield _upright(shown)
 
 
+def sound_seconds(data: bytes) -> float:
+    """Duration of a container's first sound stream by its header; 0 where it does not say.
+
+    Raises:
+        MediaError: ``not-audio``, ``no-audio``, ``truncated`` or ``corrupt``.
+    """
+    with open_container(data, Cause.NOT_AUDIO) as container:
+        return _sound_seconds(container, _sound_stream(container))
+
+
+def _sound_stream(container: av.container.InputContainer) -> av.AudioStream:
+    if not container.streams.audio:
+        raise MediaError(Cause.NO_AUDIO, "the container has no sound stream")
+    return container.streams.audio[0]
+
+
+def _sound_seconds(container: av.container.InputContainer, stream: av.AudioStream) -> float:
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base
+
+
 def sound_blocks(
     data: bytes, limits: LimitSettings, start: float, end: float | None
 ) -> tuple[int, Iterator[np.ndarray]]:
@@ -128,15 +151,12 @@ def sound_blocks(
         MediaError: ``not-audio``, ``no-audio``, ``too-long``, ``truncated`` or ``corrupt``.
     """
     container = open_container(data, Cause.NOT_AUDIO)
-    if not container.streams.audio:
+    try:
+        stream = _sound_stream(container)
+    except MediaError:
         container.close()
-        raise MediaError(Cause.NO_AUDIO, "the container has no sound stream")
-    stream = container.streams.audio[0]
-    total = (
-        float(stream.duration * stream.time_base)
-        if stream.duration and stream.time_base
-        else (container.duration or 0) / av.time_base
-    )
+        raise
+    total = _sound_seconds(container, stream)
     check_seconds((total if end is None else min(end, total or end)) - start, limits)
     if is_cut_short(data):
         container.close()

@@ -15,7 +15,7 @@ from ace_core.errors import MediaError
 from ace_core.items import Modality
 from ace_core.media.causes import Cause, check_bytes, check_pixels
 from ace_core.media.kinds import sniffed_modality
-from ace_core.media.structure import is_cut_short
+from ace_core.media.structure import bad_png_chunk, is_cut_short
 
 # What is opened at all. Pillow knows more formats, among them some that start programs (EPS starts Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
@@ -62,6 +62,8 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
         picture.load()
     except (*_DAMAGE, MemoryError) as e:
         raise _damaged(data, f"the {picture.format} cannot be decoded: {e}") from None
+    if picture.format == "PNG" and (chunk := bad_png_chunk(data)) is not None:
+        raise MediaError(Cause.CORRUPT, f"the checksum of the PNG's chunk {chunk} is wrong")
     if min_side is not None and (factor := min(picture.size) // min_side) > 1 and picture.mode not in ("P", "PA"):
         picture = picture.reduce(factor)
     return np.asarray(_rgb(_upright(picture)))

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -27,10 +29,12 @@ import numpy as np
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.media.causes import Cause
-from ace_core.media.decoders import AudioDecoder, Decoder, ImageDecoder, VideoDecoder
+from ace_core.media.decoders import AudioDecoder, Decoder, ImageDecoder, OpenedMedia, VideoDecoder
 
 _KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDecoder)}
-_REQUEST = struct.Struct("<Qdd")  # bytes of the file, start and end in seconds (NaN for none)
+_REQUEST = struct.Struct("<QBdd")  # bytes of the file, what is asked, start and end in seconds (NaN for none)
+_SAME = 2**64 - 1  # in place of the bytes: the file is the one before
+_PART, _SECONDS = range(2)  # what is asked: the decoded part, or the file's duration
 _REPLY = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the array
 
 
@@ -55,10 +59,31 @@ class IsolatedDecoder:
         self._lock = threading.Lock()
 
     def __call__(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        child = self._take() or self._start()
+        with self.opened(data) as media:
+            return media.part(start, end)
+
+    @contextmanager
+    def opened(self, data: bytes) -> Iterator[OpenedMedia]:
+        """A file of which several parts are wanted: its bytes go to a child once."""
+        media = _OpenedInChild(self, data)
+        try:
+            yield media
+        finally:
+            if media.child is not None:
+                with self._lock:
+                    self._idle.append(media.child)
+
+    def ask(self, media: _OpenedInChild, asked: int, start: float | None, end: float | None) -> np.ndarray:
+        """One question about an opened file; after a child died on one, the next goes to another child.
+
+        Raises:
+            MediaError: ``timeout``, ``crashed``, or what the decoder raises.
+        """
+        data = media.data if media.child is None else None
+        child, media.child = media.child or self._take() or self._start(), None
         began = time.monotonic()
         try:
-            header, body = _ask(child, data, start, end)
+            header, body = _ask(child, data, asked, start, end)
         except (OSError, EOFError, ValueError):
             seconds = time.monotonic() - began
             code = _end(child)
@@ -72,8 +97,7 @@ class IsolatedDecoder:
         except BaseException:  # interrupted between question and answer: this child's pipe is out of step
             _end(child)
             raise
-        with self._lock:
-            self._idle.append(child)
+        media.child = child
         if "cause" in header:
             raise MediaError(header["cause"], header["found"], remedy=header["remedy"])
         return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
@@ -113,11 +137,29 @@ class IsolatedDecoder:
         )
 
 
-def _ask(child: subprocess.Popen[bytes], data: bytes, start: float | None, end: float | None) -> tuple[dict, bytearray]:
+@dataclasses.dataclass
+class _OpenedInChild:
+    """A file, and the child that has its bytes (None before the first question, and after a child died)."""
+
+    owner: IsolatedDecoder
+    data: bytes
+    child: subprocess.Popen[bytes] | None = None
+
+    def seconds(self) -> float:
+        return float(self.owner.ask(self, _SECONDS, None, None)[0])
+
+    def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
+        return self.owner.ask(self, _PART, start, end)
+
+
+def _ask(
+    child: subprocess.Popen[bytes], data: bytes | None, asked: int, start: float | None, end: float | None
+) -> tuple[dict, bytearray]:
     assert child.stdin is not None and child.stdout is not None
     nan = math.nan
-    child.stdin.write(_REQUEST.pack(len(data), nan if start is None else start, nan if end is None else end))
-    child.stdin.write(data)
+    size = _SAME if data is None else len(data)
+    child.stdin.write(_REQUEST.pack(size, asked, nan if start is None else start, nan if end is None else end))
+    child.stdin.write(data or b"")
     child.stdin.flush()
     header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
     return json.loads(_read(child.stdout, header_length)), _read(child.stdout, body_length)
@@ -168,17 +210,21 @@ def main() -> None:
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    data = b""
     while True:
         try:
-            length, start, end = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            data = bytes(_read(requests, length))
+            length, asked, start, end = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            data = data if length == _SAME else bytes(_read(requests, length))
         except EOFError:
             return
         # The default action ends the process even inside C code that never comes back.
         signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
         body = np.empty(0, np.uint8)
         try:
-            body = decoder(data, None if math.isnan(start) else start, None if math.isnan(end) else end)
+            if asked == _SECONDS:
+                body = np.array([decoder.seconds(data)])
+            else:
+                body = decoder(data, None if math.isnan(start) else start, None if math.isnan(end) else end)
             header = {"shape": body.shape, "dtype": body.dtype.str}
         except MediaError as e:
             header = {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}

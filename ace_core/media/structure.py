@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether a RIFF (WAV, AVI, WebP), AIFF, MP4/QuickTime, Matroska/WebM or Ogg file lacks its end.
+    """Whether a RIFF (WAV, AVI, WebP), AIFF, MP4/QuickTime, Matroska/WebM, Ogg or GIF file lacks its end.
 
     Costs a walk over a few top-level headers. Other formats are never called cut short: their decoders notice.
     Streams that were written without knowing their length (size 0 or all ones) are not called cut short either.
@@ -18,6 +20,8 @@ def is_cut_short(data: bytes) -> bool:
         return _boxes_cut_short(data)
     if data[:4] == b"\x1aE\xdf\xa3":
         return _matroska_cut_short(data)
+    if data[:4] == b"GIF8":
+        return _gif_cut_short(data)
     if data[:4] == b"OggS":
         last = data.rfind(b"OggS")
         # Bit 2 of a page's flags says that the stream ends here. (A page may be any of several streams'.)
@@ -55,6 +59,43 @@ def _matroska_cut_short(data: bytes) -> bool:
         return False
     size, width = _vint(data, segment + 4)
     return size >= 0 and segment + 4 + width + size > len(data)
+
+
+def _gif_cut_short(data: bytes) -> bool:
+    """GIF: a screen, then extensions and pictures made of sub-blocks, then a semicolon."""
+
+    def colours(flags: int) -> int:
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    try:
+        position = 13 + colours(data[10])
+        while data[position] != 0x3B:
+            if data[position] == 0x2C:
+                position += 11 + colours(data[position + 9])
+            elif data[position] == 0x21:
+                position += 2
+            else:
+                return False  # damaged, not cut
+            while data[position]:
+                position += 1 + data[position]
+            position += 1
+    except IndexError:
+        return True
+    return False
+
+
+def bad_png_chunk(data: bytes) -> str | None:
+    """The name of a PNG's first chunk that pictures need and whose checksum is wrong: decoders may not look."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        end = position + 8 + length
+        if kind[:1].isupper() and end + 4 <= len(data):
+            said = int.from_bytes(data[end : end + 4], "big")
+            if zlib.crc32(memoryview(data)[position + 4 : end]) != said:
+                return kind.decode("latin-1")
+        position = end + 4
+    return None
 
 
 def _ogg_page_end(data: bytes, page: int) -> int:

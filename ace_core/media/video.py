@@ -7,10 +7,12 @@ import io
 from dataclasses import dataclass
 from typing import Literal
 
+import av
 import numpy as np
 
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
+from ace_core.media import scenes
 from ace_core.media.causes import Cause, check_bytes, check_seconds
 from ace_core.media.ffmpeg import DAMAGE, frames_at, last_timestamp, open_container, probe_video
 from ace_core.media.image import resized
@@ -18,6 +20,7 @@ from ace_core.media.kinds import sniff
 from ace_core.media.structure import is_cut_short
 
 Backend = Literal["decord", "pyav"]
+Sampling = Literal["uniform", "scenes"]
 # decord 0.6 gives the wrong frames of MPEG transport streams, and fails on ASF.
 _BY_DECORD = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"})
 
@@ -52,10 +55,12 @@ def decode_video(
     start: float | None = None,
     end: float | None = None,
     backend: Backend | None = None,
+    sampling: Sampling = "uniform",
 ) -> VideoClip:
-    """Sample ``frames`` frames uniformly from a video, or from its part from ``start`` to ``end`` seconds.
+    """Sample ``frames`` frames of a video, or of its part from ``start`` to ``end`` seconds.
 
-    The part is cut into ``frames`` equal pieces, and the frame shown in the middle of each is taken; frames of a
+    Uniformly: the part is cut into ``frames`` equal pieces, and the frame shown in the middle of each is taken. By
+    scenes: see :func:`ace_core.media.scenes.scene_times`; the video is decoded twice. Frames of a
     video with fewer than asked for are repeated. Readers are made inside the call and use one thread: decord is
     not safe across a fork, and callers run one decoder a core.
 
@@ -83,18 +88,45 @@ def decode_video(
             )
         if start is not None and last <= first:
             raise MediaError(Cause.ZERO_LENGTH, f"the part begins at {first} s, the video lasts {seconds:.2f} s")
-        times = first + (np.arange(frames) + 0.5) * ((last - first) / frames)
+        times = _middles(first, last, frames)
         try:
             use_decord = (backend or available_backends()[0]) == "decord" and sniff(data) in _BY_DECORD
-            pictures = _by_decord(data, times, size) if use_decord else None
-            if pictures is None:
-                pictures = [_sized(f, size) for f in frames_at(container, times)]
+            if sampling == "scenes":
+                count = min(scenes.CANDIDATES * frames, scenes.MOST)
+                looks = _pictures(container, data, _middles(first, last, count), scenes.SIDE, use_decord)
+                if len(looks) > 1:
+                    times = scenes.scene_times(np.stack(looks), first, last, frames)
+                container.seek(0)
+            pictures = _pictures(container, data, times, size, use_decord)
         except DAMAGE as e:
             raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {e}") from None
     if not pictures:
         raise MediaError(Cause.NO_FRAMES, "no frame of the video could be decoded")
     pictures += pictures[-1:] * (frames - len(pictures))
     return VideoClip(np.stack(pictures), times, seconds, probe.fps)
+
+
+def _middles(first: float, last: float, count: int) -> np.ndarray:
+    return first + (np.arange(count) + 0.5) * ((last - first) / count)
+
+
+def _pictures(
+    container: av.container.InputContainer, data: bytes, times: np.ndarray, size: int | None, use_decord: bool
+) -> list[np.ndarray]:
+    """The frames shown at ``times``, resized."""
+    pictures = _by_decord(data, times, size) if use_decord else None
+    return [_sized(f, size) for f in frames_at(container, times)] if pictures is None else pictures
+
+
+def video_seconds(data: bytes, limits: LimitSettings) -> float:
+    """Duration of a video, by its header or else its last packet.
+
+    Raises:
+        MediaError: as :func:`decode_video`.
+    """
+    check_bytes(data, limits)
+    with open_container(data, Cause.NOT_A_VIDEO) as container:
+        return probe_video(container, limits).seconds or last_timestamp(container)
 
 
 def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndarray] | None:
