@@ -118,10 +118,10 @@ def _context(config: Path | None, changes: list[str] | None, store: str | None) 
 
 @app.command()
 def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
-    """Turn the media of a folder into features.
+    """Turn the media of a corpus into features.
 
-    Images, audio and video below [bold]corpus.path[/bold] are decoded and encoded. Captions come from
-    captions.jsonl, .csv or .parquet in the folder, or from a text file beside each item. Files that cannot be used
+    [bold]corpus.path[/bold] is a folder of images, audio and video (captions in captions.jsonl, .csv or .parquet, or in
+    a text file beside each item), a webdataset of tar shards, or a table of uris or bytes. Files that cannot be used
     are counted by cause and kept in a table; they never stop the rest. Unchanged files are not encoded again.
     """
     from pipelines.ingest import ingest as stage
