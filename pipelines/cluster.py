@@ -47,6 +47,7 @@ def ensure_ray(compute: ComputeSettings) -> None:
         try:
             if compute.address is None:
                 ray.init(
+                    address="local",  # not a cluster that somebody else runs on this machine
                     num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
                     include_dashboard=False,
                     log_to_driver=False,

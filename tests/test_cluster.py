@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from ace_core.config import ComputeSettings
 from ace_core.errors import AceError, ModelError, SettingsError
-from pipelines.cluster import MAX_DEATHS, Pool, encoder_pool, map_rows, worker_pool
+from pipelines.cluster import MAX_DEATHS, Pool, encoder_pool, ensure_ray, map_rows, worker_pool
 
 pytestmark = pytest.mark.ray
 POOL = Pool(count=2, threads=1, gpus=0)
@@ -82,3 +83,16 @@ def test_encoders_that_cannot_be_started_are_refused(ray_cluster: None, compute:
 def test_workers_that_cannot_be_started_are_refused(ray_cluster: None) -> None:
     with pytest.raises(SettingsError, match="5 workers x 1 threads need 5 CPUs; Ray has 4"):
         worker_pool(ComputeSettings(workers=5, threads=1))
+
+
+def test_an_embedded_ray_leaves_other_clusters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address Ray would join whatever cluster somebody started on this machine."""
+    import ray
+
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address=None, **_: asked.append(address))
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    ensure_ray(ComputeSettings())
+    ensure_ray(ComputeSettings(address="10.0.0.1:6379"))
+    assert asked == ["local", "10.0.0.1:6379"]
