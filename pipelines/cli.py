@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ace_core.errors import AceError, SettingsError
+from pipelines.options import ConfigOption, JsonOption, SetOption, StoreOption, context_of, settings_of
 
-if TYPE_CHECKING:
-    from ace_core.config import Settings
-    from ace_store import Store
-    from pipelines.progress import Reporter
-
-CONFIG_NAME = "ace.yaml"
 INTERRUPTED = 130  # also what typer returns for Ctrl-C
 
 
@@ -53,22 +48,6 @@ there when run again.""",
 fit_app = typer.Typer(no_args_is_help=True, help="Fit the models: aligner, quantizer, generator, or all of them.")
 app.add_typer(fit_app, name="fit")
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", help=f"YAML file of settings; {CONFIG_NAME} here, if there is one.", show_default=False
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated."),
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", help="Folder or s3:// prefix for everything ACE writes.", show_default="store"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
 
 @app.callback()
 def on_cluster(
@@ -95,25 +74,8 @@ def on_cluster(
         names.append(str(name))
     values = inner.params
     line = entrypoint(names, command, values)
-    settings = _settings(values["config"], values["changes"], values["store"])
+    settings = settings_of(values["config"], values["changes"], values["store"])
     raise typer.Exit(run_as_job(address, line, settings, lambda text: typer.echo(text, err=True)))
-
-
-def _settings(config: Path | None, changes: list[str] | None, store: str | None) -> Settings:
-    from ace_core.config import load_settings
-
-    if config is None and Path(CONFIG_NAME).is_file():
-        config = Path(CONFIG_NAME)
-    overrides = tuple(changes or ()) + ((f"store={store}",) if store is not None else ())
-    return load_settings(config, overrides)
-
-
-def _context(config: Path | None, changes: list[str] | None, store: str | None) -> tuple[Settings, Store, Reporter]:
-    from ace_store import Store
-    from pipelines.progress import Reporter
-
-    settings = _settings(config, changes, store)
-    return settings, Store.open(settings.store), Reporter()
 
 
 @app.command()
@@ -126,7 +88,7 @@ def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreO
     """
     from pipelines.ingest import ingest as stage
 
-    stage(*_context(config, changes, store))
+    stage(*context_of(config, changes, store))
 
 
 @app.command()
@@ -138,7 +100,7 @@ def caption(config: ConfigOption = None, changes: SetOption = None, store: Store
     """
     from pipelines.caption import caption_stage
 
-    caption_stage(*_context(config, changes, store))
+    caption_stage(*context_of(config, changes, store))
 
 
 @fit_app.command("aligner")
@@ -146,7 +108,7 @@ def fit_aligner(config: ConfigOption = None, changes: SetOption = None, store: S
     """Learn the space that captions and media share."""
     from pipelines.fit_aligner import fit_aligner_stage
 
-    fit_aligner_stage(*_context(config, changes, store))
+    fit_aligner_stage(*context_of(config, changes, store))
 
 
 @fit_app.command("quantizer")
@@ -154,7 +116,7 @@ def fit_quantizer(config: ConfigOption = None, changes: SetOption = None, store:
     """Learn the identifiers: one coarse token, then fine ones."""
     from pipelines.fit_quantizer import fit_quantizer_stage
 
-    fit_quantizer_stage(*_context(config, changes, store))
+    fit_quantizer_stage(*context_of(config, changes, store))
 
 
 @fit_app.command("generator")
@@ -162,7 +124,7 @@ def fit_generator(config: ConfigOption = None, changes: SetOption = None, store:
     """Train the model that reads a query and spells identifiers."""
     from pipelines.fit_generator import fit_generator_stage
 
-    fit_generator_stage(*_context(config, changes, store))
+    fit_generator_stage(*context_of(config, changes, store))
 
 
 @fit_app.command("all")
@@ -172,7 +134,7 @@ def fit_all(config: ConfigOption = None, changes: SetOption = None, store: Store
     from pipelines.fit_generator import fit_generator_stage
     from pipelines.fit_quantizer import fit_quantizer_stage
 
-    context = _context(config, changes, store)
+    context = context_of(config, changes, store)
     fit_aligner_stage(*context)
     fit_quantizer_stage(*context)
     fit_generator_stage(*context)
@@ -183,7 +145,7 @@ def publish(config: ConfigOption = None, changes: SetOption = None, store: Store
     """Make the ingested corpus searchable, as a new snapshot that replaces the current one atomically."""
     from pipelines.publish import publish_stage
 
-    publish_stage(*_context(config, changes, store))
+    publish_stage(*context_of(config, changes, store))
 
 
 @app.command()
@@ -195,7 +157,7 @@ def add(config: ConfigOption = None, changes: SetOption = None, store: StoreOpti
     from pipelines.change import add_stage
     from pipelines.ingest import ingest as ingest_stage
 
-    context = _context(config, changes, store)
+    context = context_of(config, changes, store)
     ingest_stage(*context)
     add_stage(*context)
 
@@ -215,7 +177,7 @@ def remove(
     from pipelines.change import remove_stage
     from pipelines.search import parse_filters
 
-    _, opened, reporter = _context(config, changes, store)
+    _, opened, reporter = context_of(config, changes, store)
     remove_stage(opened, reporter, ids=ids or [], filters=parse_filters(where or []), gone=gone)
 
 
@@ -229,7 +191,7 @@ def rollback(
     """Make an earlier snapshot the current one again."""
     from pipelines.change import rollback_stage
 
-    _, opened, reporter = _context(config, changes, store)
+    _, opened, reporter = context_of(config, changes, store)
     rollback_stage(opened, reporter, snapshot)
 
 
@@ -238,7 +200,7 @@ def status(config: ConfigOption = None, changes: SetOption = None, store: StoreO
     """Show the snapshots of the store and what everything in it takes."""
     from pipelines.keep import status_table
 
-    _, opened, reporter = _context(config, changes, store)
+    _, opened, reporter = context_of(config, changes, store)
     reporter.result(status_table(opened))
 
 
@@ -256,7 +218,7 @@ def gc(
 
     from pipelines.keep import gc_stage
 
-    _, opened, reporter = _context(config, changes, store)
+    _, opened, reporter = context_of(config, changes, store)
     for name in gc_stage(opened, reporter, keep=keep, min_age=timedelta(hours=min_age_hours), dry_run=dry_run):
         reporter.say(f"  {name}")
 
@@ -279,7 +241,7 @@ def search(
     """Ask the published corpus, and print what it finds. Starts no server and no Ray."""
     from pipelines.search import print_hits, search_once
 
-    settings, opened, reporter = _context(config, changes, store)
+    settings, opened, reporter = context_of(config, changes, store)
     hits = search_once(settings, opened, text, k=k, modalities=modality or [], where=where or [])
     print_hits(text, hits, reporter, as_json=json_output)
 
@@ -293,7 +255,7 @@ def evaluate(
 
     from pipelines.evaluate import as_table, evaluate_stage
 
-    settings, opened, reporter = _context(config, changes, store)
+    settings, opened, reporter = context_of(config, changes, store)
     measured = evaluate_stage(settings, opened, reporter)
     reporter.result(json.dumps(measured, indent=1) if json_output else as_table(measured))
 
@@ -311,7 +273,7 @@ def serve(
     from serve.app import run
 
     extra = [f"serve.{k}={v}" for k, v in (("host", host), ("port", port)) if v is not None]
-    settings, opened, reporter = _context(config, [*(changes or []), *extra], store)
+    settings, opened, reporter = context_of(config, [*(changes or []), *extra], store)
     opened.published()
     reporter.say("starting the server ...")
     ensure_ray(settings.compute)
@@ -345,7 +307,7 @@ def settings(config: ConfigOption = None, changes: SetOption = None, store: Stor
     """Print all settings as they would be used, as YAML to start a settings file from, each with what it does."""
     from pipelines.describe import describe_settings
 
-    typer.echo(describe_settings(_settings(config, changes, store)), nl=False)
+    typer.echo(describe_settings(settings_of(config, changes, store)), nl=False)
 
 
 def show_error(error: AceError) -> None:

@@ -20,8 +20,8 @@ import yaml
 
 from ace_core.config import Settings
 from ace_core.errors import AceError, SettingsError
+from pipelines.options import CONFIG_NAME
 
-CONFIG_NAME = "ace.yaml"
 PACKAGES = ("ace_core", "ace_store", "pipelines", "serve")
 SETTINGS_OPTIONS = ("config", "changes", "store")  # replaced by the file that travels
 REFUSED = {
