@@ -124,7 +124,8 @@ def main() -> None:
         snapshot = build(store, items)
         build_ivf(store, items)
         machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
-        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__} with {_NODES} nodes here")
+        proxy = "HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Python proxy"
+        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {_NODES} nodes here, {proxy}")
         cluster = start_cluster()
         figures: dict[str, float] = {}
         try:
