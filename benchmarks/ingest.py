@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ from benchmarks.measure import table, write_figures
 PARTS = ("overhead", "scaling", "memory", "corrupt")
 
 
-def run(settings: list[str], *, bare: bool = False, workers: int = 2) -> dict[str, Any]:
-    """One run in a process of its own."""
+def run(runs: list[list[str]], *, bare: bool = False) -> list[dict[str, Any]]:
+    """Ingestions (or bare loops) with these settings, one after the other in a process of their own."""
+    asked = json.dumps({"bare": bare, "runs": runs})
     threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local"}
-    asked = json.dumps({"bare": bare, "workers": workers, "settings": [*settings, f"compute.encoders={workers}"]})
     command = [sys.executable, "-m", "benchmarks.ingest_run", asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads})
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    results: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return results
 
 
 def tiny_clip(folder: Path) -> list[str]:
@@ -57,77 +59,95 @@ def tiny_clip(folder: Path) -> list[str]:
     return ["encoders.image.kind=transformers", f"encoders.image.path={folder}", "encoders.image.batch_size=64"]
 
 
-def measure_overhead(folder: Path, sizes: dict[str, int], workers: int) -> dict[str, float]:
+@dataclass
+class Part:
+    """Something to measure: ingestions with these settings, bare loops with some of them, and what the results say."""
+
+    runs: list[list[str]]
+    figures: Callable[[list[dict[str, Any]]], dict[str, float]]
+    loops: int = 0  # how many of the runs, from the first on, are also made as bare loops; their results come last
+
+
+def overhead(folder: Path, sizes: dict[str, int]) -> Part:
     """Each modality by itself, against the bare loop."""
-    figures, rows = {}, []
+    runs = []
     for name, count in sizes.items():
         corpus = folder / f"overhead-{name}"
         write_good(corpus, *(count if name == modality else 0 for modality in ("image", "audio", "video")))
-        settings = [f"corpus.path={corpus}", f"store={folder / f'store-{name}'}"]
-        alone = run(settings, bare=True, workers=workers)
-        whole = run(settings, workers=workers)
-        figures[f"overhead_{name}"] = whole["seconds"] / alone["seconds"] - 1
-        figures[f"overhead_{name}_steady"] = alone["steady_per_second"] / whole["steady_per_second"] - 1
-        rows.append(
-            (name, count, alone["seconds"], whole["seconds"], whole["start_seconds"], alone["steady_per_second"],
-             whole["steady_per_second"])
-        )  # fmt: skip
-    header = ("corpus", "files", "loop s", "ingest s", "of it start s", "loop files/s", "ingest files/s")
-    table(f"overhead, {workers} processes or encoders", header, rows)
-    return figures
+        runs.append([f"corpus.path={corpus}", f"store={folder / f'store-{name}'}", "compute.encoders=2"])
+
+    def figures(results: list[dict[str, Any]]) -> dict[str, float]:
+        found, rows = {}, []
+        for name, whole, alone in zip(sizes, results, results[len(sizes) :]):
+            found[f"overhead_{name}"] = whole["seconds"] / alone["seconds"] - 1
+            found[f"overhead_{name}_steady"] = alone["steady_per_second"] / whole["steady_per_second"] - 1
+            times = (alone["seconds"], whole["seconds"], whole["start_seconds"])
+            rows.append((name, sizes[name], *times, alone["steady_per_second"], whole["steady_per_second"]))
+        header = ("corpus", "files", "loop s", "ingest s", "of it start s", "loop files/s", "ingest files/s")
+        table("overhead, 2 processes against 2 encoders", header, rows)
+        return found
+
+    return Part(runs, figures, loops=len(runs))
 
 
-def measure_scaling(folder: Path, count: int) -> dict[str, float]:
+def scaling(folder: Path, count: int) -> Part:
     """The same pictures with one encoder and with two."""
     corpus = folder / "scaling"
     write_good(corpus, pictures=count, sounds=0, clips=0)
-    rates = []
-    for workers in (1, 2):
-        settings = [f"corpus.path={corpus}", f"store={folder / f'store-scaling-{workers}'}"]
-        rates.append(run(settings, workers=workers)["steady_per_second"])
-    table("scaling", ("encoders", "files/s"), list(zip((1, 2), rates)))
-    return {"scaling_1_to_2": rates[1] / rates[0]}
+    stores = [f"store={folder / f'store-scaling-{workers}'}" for workers in (1, 2)]
+    runs = [[f"corpus.path={corpus}", store, f"compute.encoders={workers}"] for workers, store in zip((1, 2), stores)]
+
+    def figures(results: list[dict[str, Any]]) -> dict[str, float]:
+        rates = [result["steady_per_second"] for result in results]
+        table("scaling", ("encoders", "files/s"), list(zip((1, 2), rates)))
+        return {"scaling_1_to_2": rates[1] / rates[0]}
+
+    return Part(runs, figures)
 
 
-def measure_memory(folder: Path, count: int) -> dict[str, float]:
+def memory(folder: Path, count: int) -> Part:
     """Peak memory of a corpus of tiny pictures and of one ten times as large."""
-    clip = tiny_clip(folder / "clip")
-    peaks = []
+    runs = []
     for size in (count, 10 * count):
         corpus = folder / f"memory-{size}"
         write_good(corpus, pictures=size, sounds=0, clips=0)
-        result = run([f"corpus.path={corpus}", f"store={folder / f'store-memory-{size}'}", *clip])
-        peaks.append(result["peak_bytes"])
-    table("memory", ("pictures", "peak MB"), [(count, peaks[0] / 1e6), (10 * count, peaks[1] / 1e6)])
-    return {"rss_growth_tenfold": peaks[1] / peaks[0]}
+        store = f"store={folder / f'store-memory-{size}'}"
+        runs.append([f"corpus.path={corpus}", store, "compute.encoders=2", *tiny_clip(folder / "clip")])
+
+    def figures(results: list[dict[str, Any]]) -> dict[str, float]:
+        small, large = (result["peak_bytes"] for result in results)
+        table("memory", ("pictures", "peak MB"), [(count, small / 1e6), (10 * count, large / 1e6)])
+        return {"rss_growth_tenfold": large / small}
+
+    return Part(runs, figures)
 
 
-def prove_corrupt(folder: Path, good: int, bad: int) -> dict[str, float]:
+def corrupt(folder: Path, good: int, bad: int) -> Part:
     """Bad files of all kinds among good ones: what becomes of each."""
     corpus, store = folder / "corrupt", folder / "store-corrupt"
     write_good(corpus, pictures=good * 7 // 10, sounds=good * 26 // 100, clips=good - good * 7 // 10 - good * 26 // 100)
+    expected = {p.relative_to(corpus).as_posix() for p in corpus.rglob("*") if p.is_file()}
     kinds = write_corrupt(corpus / "bad", bad)
-    result = run([f"corpus.path={corpus}", f"store={store}", *tiny_clip(folder / "clip")])
-    features = store / "features" / result["features"]
-    indexed = Counter(read_features(features).items.column("item_id").to_pylist())
-    causes = {e["item_id"]: e["cause"] for e in read_errors(features).to_pylist()}
-    wrong = [(i, kinds[i], causes.get(i, "indexed")) for i in kinds if causes.get(i) not in DAMAGES[kinds[i]].causes]
-    for item, kind, cause in wrong[:20]:
-        print(f"  wrong: {item}: {kind}, {cause}")
-    expected = {p.relative_to(corpus).as_posix() for p in corpus.rglob("*") if p.is_file()} - set(kinds)
-    rows = sorted(Counter(causes.values()).items(), key=lambda pair: -pair[1])
-    table(
-        f"{bad:,} corrupt files of {len(DAMAGES)} kinds among {good:,}, {result['seconds']:.0f} s",
-        ("cause", "files"),
-        rows,
-    )
-    return {
-        "indexed": sum(indexed.values()),
-        "quarantined": len(set(causes) & set(kinds)),
-        "wrong_cause": len(wrong),
-        "lost": len(expected - set(indexed)),
-        "twice": sum(count - 1 for count in indexed.values()) + len(set(indexed) & set(causes)),
-    }
+
+    def figures(results: list[dict[str, Any]]) -> dict[str, float]:
+        features = store / "features" / results[0]["features"]
+        indexed = Counter(read_features(features).items.column("item_id").to_pylist())
+        errors = read_errors(features).to_pylist()
+        causes = {e["item_id"]: e["cause"] for e in errors}
+        wrong = [i for i in kinds if causes.get(i) not in DAMAGES[kinds[i]].causes]
+        for item in wrong[:20]:
+            print(f"  wrong: {item}: {kinds[item]}, {causes.get(item, 'indexed')}")
+        title = f"{bad:,} corrupt files of {len(DAMAGES)} kinds among {good:,}, {results[0]['seconds']:.0f} s"
+        table(title, ("cause", "files"), Counter(causes.values()).most_common())
+        return {
+            "indexed": sum(indexed.values()),
+            "quarantined": len(set(causes) & set(kinds)),
+            "wrong_cause": len(wrong),
+            "lost": len(expected - set(indexed)),
+            "twice": sum(n - 1 for n in indexed.values()) + len(set(indexed) & set(causes)) + len(errors) - len(causes),
+        }
+
+    return Part([[f"corpus.path={corpus}", f"store={store}", *tiny_clip(folder / "clip")]], figures)
 
 
 def main() -> None:
@@ -140,18 +160,24 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts.split(",")
     images = options.images or (120 if options.quick else 20_000)
-    sizes = {"image": images, "audio": images // 4, "video": images // 8}
     figures: dict[str, Any] = {"images": images, "cores": os.cpu_count(), "quick": options.quick}
     with tempfile.TemporaryDirectory(prefix="ace-ingest-") as temporary:
-        folder = options.folder or Path(temporary)
-        if "overhead" in parts:
-            figures |= measure_overhead(folder, sizes, workers=2)
-        if "scaling" in parts:
-            figures |= measure_scaling(folder, images)
-        if "memory" in parts:
-            figures |= measure_memory(folder, 40 if options.quick else 10_000)
-        if "corrupt" in parts:
-            figures |= prove_corrupt(folder, *((80, 40) if options.quick else (10_000, 1_000)))
+        folder, quick = options.folder or Path(temporary), options.quick
+        makers: dict[str, Callable[[], Part]] = {
+            "memory": lambda: memory(folder, 40 if quick else 10_000),
+            "overhead": lambda: overhead(folder, {"image": images, "audio": images // 4, "video": images // 8}),
+            "scaling": lambda: scaling(folder, images),
+            "corrupt": lambda: corrupt(folder, *((80, 40) if quick else (10_000, 1_000))),
+        }
+        made = [make() for name, make in makers.items() if name in parts]
+        loops = run([settings for part in made for settings in part.runs[: part.loops]], bare=True)
+        # Quickly: one Ray for all of it. Otherwise each run by itself, so that none inherits another's memory.
+        every = [settings for part in made for settings in part.runs]
+        results = run(every) if quick else [run([settings])[0] for settings in every]
+        for part in made:
+            mine, results = results[: len(part.runs)], results[len(part.runs) :]
+            alone, loops = loops[: part.loops], loops[part.loops :]
+            figures |= part.figures(mine + alone)
     write_figures(options.json, figures)
 
 

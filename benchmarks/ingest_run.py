@@ -1,7 +1,7 @@
-"""One ingestion, or one bare encoder loop over the same files, in a process of its own: ``benchmarks.ingest`` starts it
-and reads the line of JSON that it prints.
+"""Ingestions, or bare encoder loops over the same files, in a process of their own: ``benchmarks.ingest`` starts it and
+reads the line of JSON that it prints.
 
-    python -m benchmarks.ingest_run '{"bare": false, "workers": 2, "settings": ["corpus.path=..."]}'
+    python -m benchmarks.ingest_run '{"bare": false, "runs": [["corpus.path=...", "compute.encoders=2"]]}'
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ def _loop(settings: Settings, paths: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def bare(settings: Settings, workers: int) -> dict[str, Any]:
-    """The encoder loop alone, the files dealt to ``workers`` processes."""
+def bare(settings: Settings) -> dict[str, Any]:
+    """The encoder loop alone, the files dealt to as many processes as ingestion would have encoders."""
+    workers = settings.compute.encoders or 1
     paths = sorted(str(p) for p in Path(settings.corpus.path).rglob("*") if p.is_file())
     began = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -142,9 +143,8 @@ def bare(settings: Settings, workers: int) -> dict[str, Any]:
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    settings = load_settings(None, tuple(asked["settings"]))
-    result = bare(settings, asked["workers"]) if asked["bare"] else pipeline(settings)
-    print(json.dumps(result, default=str))
+    one = bare if asked["bare"] else pipeline
+    print(json.dumps([one(load_settings(None, tuple(settings))) for settings in asked["runs"]], default=str))
 
 
 if __name__ == "__main__":
