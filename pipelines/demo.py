@@ -90,7 +90,7 @@ def run_demo(folder: Path, size: DemoSize, changes: list[str], *, port: int, che
     try:
         check_server(address, folder / "corpus", reporter)
     finally:
-        stop()
+        stop(ray_too=settings.compute.address is None)
 
 
 def demo_settings(folder: Path, size: DemoSize, port: int, changes: list[str]) -> Settings:

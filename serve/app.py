@@ -188,7 +188,6 @@ def run(
         raise StoreError("nothing has been published here", where=settings.store, remedy="Run `ace publish` first.")
     port = _free_port(chosen.host, chosen.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
-    embedded = not ray.is_initialized() and settings.compute.address is None
     if not ray.is_initialized():
         ray.init(address=settings.compute.address, include_dashboard=False, log_to_driver=False)
     serve.start(
@@ -201,12 +200,7 @@ def run(
     on_ready(address)
     if blocking:
         _wait_for_the_end()
-        if embedded:
-            # Serve goes with its Ray. (Asked to shut down, its controller kills itself, which Ray prints as an error.)
-            serve.delete(APP_NAME)
-            ray.shutdown()
-        else:
-            stop()
+        stop(ray_too=settings.compute.address is None)
     return address
 
 
@@ -222,10 +216,17 @@ def _wait_for_the_end() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def stop() -> None:
-    """End the application, and Serve with its proxies unless something else runs on it; Ray itself stays."""
+def stop(*, ray_too: bool = False) -> None:
+    """End the application, and Serve with its proxies unless something else runs on it.
+
+    Args:
+        ray_too: leave Ray as well, which ends with this process if it was started in it. (Serve then goes with it.
+            Asked to shut down, Serve's controller kills itself, and Ray prints that as an error.)
+    """
     serve.delete(APP_NAME)
-    if not serve.status().applications:
+    if ray_too:
+        ray.shutdown()
+    elif not serve.status().applications:
         serve.shutdown()
 
 

@@ -28,6 +28,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--autoplay-policy=no-user-gesture-required",
 ]  # fmt: skip
+expect.set_options(timeout=20_000)  # a busy machine takes seconds for what takes milliseconds elsewhere
 
 pytestmark = [
     pytest.mark.browser,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -14,16 +12,11 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from starlette.testclient import TestClient
 
-from ace_core.config import LimitSettings, ServeSettings, Settings
-from ace_core.snapshot import Snapshot
-from serve.calls import Overloaded
+from ace_core.config import ServeSettings, Settings
 from serve.client import Client, ServerError
-from serve.gate import Admission
 from serve.http import build_http
-from serve.thumbs import Thumbnails, ThumbSize
 from tests.serving_world import CREDIT, THRESHOLD, WordBackend, WorldItem, draw_corpus, publish
 
 
@@ -234,94 +227,6 @@ def test_media_answers_ranges_and_conditions(http: TestClient, corpus: tuple[Pat
     assert head.status_code == 200 and head.content == b"" and head.headers["content-length"] == str(size)
 
 
-def _picture(answer: httpx.Response) -> Image.Image:
-    assert answer.status_code == 200 and answer.headers["content-type"] == "image/webp", answer.text
-    return Image.open(io.BytesIO(answer.content))
-
-
-def test_thumbnails_of_pictures_and_clips(store: Path, backend: WordBackend, tmp_path: Path) -> None:
-    folder = tmp_path / "large"
-    items = draw_corpus(folder)
-    Image.new("RGB", (1600, 800), "red").save(folder / "pictures/red-circle.png")
-    (folder / "pictures/red-square.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    publish(store, folder, items, snapshot_id="large")
-    with _client(_settings(store), backend) as http:
-        assert http.get("/readyz").status_code == 200
-        url = http.get("/v1/items/red-circle").json()["thumb_url"]
-        assert _picture(http.get(url)).size == (256, 128)
-        assert _picture(http.get(url, params={"size": 512})).size == (512, 256)
-        small = _picture(http.get("/thumb/blue-square"))
-        assert small.size == (96, 96)  # never larger than the original
-        middle = small.convert("RGB").getpixel((48, 48))
-        assert isinstance(middle, tuple) and middle[2] > 180 > middle[0]
-        assert _picture(http.get("/thumb/clips/red%20moves")).size == (96, 96)
-        assert _search(http, text="red")["results"][0]["hits"][0]["thumb_url"].startswith("/thumb/")
-        assert http.get("/v1/items/tone-440").json()["thumb_url"] is None
-        for path in ("/thumb/tone-440", "/thumb/red-square", f"{url}?size=300", f"{url}?size=100000"):
-            _problem(http.get(path), 422)
-        _problem(http.get("/thumb/nothing"), 404)
-        first = http.get(url)
-        assert "max-age" in first.headers["cache-control"]
-        for tag in (first.headers["etag"], f'"x", {first.headers["etag"]}'):
-            unchanged = http.get(url, headers={"If-None-Match": tag})
-            assert unchanged.status_code == 304 and not unchanged.content
-        assert http.get(url, headers={"If-None-Match": '"old"'}).content == first.content
-        Image.new("RGB", (800, 1600), "blue").save(folder / "pictures/red-circle.png")
-        changed = http.get(url, headers={"If-None-Match": first.headers["etag"]})
-        assert _picture(changed).size == (128, 256)  # the file is another one now
-
-
-def test_thumbnails_are_made_once_kept_and_bounded(
-    store: Path, corpus: tuple[Path, list[WorldItem]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import anyio
-
-    made: list[str] = []
-    encoded = Thumbnails._encoded
-
-    def counted(self: Thumbnails, file, item, size) -> bytes:
-        made.append(item.item_id)
-        return encoded(self, file, item, size)
-
-    monkeypatch.setattr(Thumbnails, "_encoded", counted)
-    view = Snapshot.open(store, "first", verify=False)
-    items = [view.segments[0].item(row) for row in range(3)]
-
-    async def ask() -> None:
-        thumbs = Thumbnails(LimitSettings(), kept_bytes=10_000, max_waiting=2)
-        try:
-            async with anyio.create_task_group() as group:
-                for _ in range(5):  # all at once: the first one makes it for all
-                    group.start_soon(thumbs.of, items[0], ThumbSize.SMALL)
-            await thumbs.of(items[0], ThumbSize.SMALL)
-            assert made == [items[0].item_id]
-            making = [asyncio.ensure_future(thumbs.of(i, ThumbSize.LARGE)) for i in items[:2]]
-            while len(thumbs._making) < 2:
-                await asyncio.sleep(0)
-            with pytest.raises(Overloaded):
-                await thumbs.of(items[2], ThumbSize.LARGE)
-            await asyncio.gather(*making)
-        finally:
-            thumbs.close()
-        forgetful = Thumbnails(LimitSettings(), kept_bytes=0)
-        try:
-            made.clear()
-            assert (await forgetful.of(items[0], ThumbSize.SMALL)).data
-            assert (await forgetful.of(items[0], ThumbSize.SMALL)).data
-            assert len(made) == 2  # nothing fits
-        finally:
-            forgetful.close()
-
-    anyio.run(ask)
-
-
-def test_a_thumbnail_may_cost_no_more_than_the_limits(store: Path, backend: WordBackend) -> None:
-    tight = _settings(store).model_copy(update={"limits": LimitSettings(max_pixels=5000)})
-    with _client(tight, backend) as http:  # by the header, before a pixel is decoded
-        assert http.get("/readyz").status_code == 200
-        assert "pixels" in _problem(http.get("/thumb/red-circle"), 422)["detail"]
-
-
 def test_clusters_are_browsed_by_prefix(http: TestClient) -> None:
     cluster = http.get("/v1/clusters/image-1").json()
     assert cluster["total"] == 3 and cluster["parent"] == "image"  # four squares, one was removed
@@ -490,53 +395,6 @@ def test_more_searches_than_the_queue_holds_are_refused(store: Path, backend: Wo
         return answers
 
     assert anyio.run(ask) == [429, 429, 429, 200, 200]  # refused at once, while the others are still searched
-
-
-def _rush(admission: Admission, now: float, seconds: float) -> int:
-    """How many are admitted at once, when each then takes ``seconds`` for everyone before it and itself."""
-    places = []
-    while (place := admission.enter(now)) is not None:
-        places.append(place)
-    for place in places:
-        admission.leave(place, seconds * place)
-    return len(places)
-
-
-def test_admission_follows_how_fast_searches_are_answered() -> None:
-    admission = Admission(100, always=4, max_wait_seconds=1.0)
-    assert _rush(admission, 0, 0.1) == 100  # nothing is known yet
-    assert 10 <= _rush(admission, 10, 0.1) <= 11  # a tenth of a second each: so many wait no longer than one second
-    assert 10 <= _rush(admission, 20, 0.02) <= 11
-    assert 15 < _rush(admission, 30, 0.02) < 35  # it became faster
-    for _ in range(100):
-        place = admission.enter(40)
-        assert place == 1
-        admission.leave(place, 0.4)  # alone it takes long, but that says nothing of a batch
-    assert 20 < _rush(admission, 50, 30.0) < 60
-    place = admission.enter(60)
-    assert place == 1 and admission.retry_after() >= 10
-    admission.leave(place, 30.0)
-    assert _rush(admission, 70, 30.0) == 4  # and never fewer than one batch
-
-
-def test_a_growing_queue_does_not_look_fast() -> None:
-    admission = Admission(1000, always=4, max_wait_seconds=1.0)
-    _rush(admission, 0, 0.1)
-    first = [admission.enter(10) or 0 for _ in range(8)]
-    for place in first:  # two come for each one that is answered
-        admission.enter(10)
-        admission.enter(10)
-        admission.leave(place, 0.1 * place)
-    assert admission.in_flight <= 11
-
-
-def test_a_burst_may_wait_and_a_standing_queue_is_kept_short() -> None:
-    admission = Admission(100, always=1, max_wait_seconds=1.2)
-    _rush(admission, 0, 0.1)
-    assert 12 <= _rush(admission, 10, 0.1) <= 13
-    assert 4 <= _rush(admission, 10.5, 0.1) <= 5  # more came than could be answered, half a second ago
-    assert 4 <= _rush(admission, 11.4, 0.1) <= 5  # and again
-    assert 12 <= _rush(admission, 20, 0.1) <= 13
 
 
 def test_a_search_past_its_deadline_is_answered_504(store: Path, backend: WordBackend) -> None:
