@@ -107,7 +107,7 @@ def build(path: Path, count: int) -> Store:
         made_from = {"features": _ID, "texts": _ID}
         store.upload_part(folder / "aligner", Manifest(kind="aligner", id=_ID, inputs=made_from))
         inputs = {**made_from, "aligner": _ID}
-        figures = {"health": health.as_dict(), **metrics}
+        figures = {"items": len(x), "health": health.as_dict(), **metrics}
         store.upload_part(folder / "quantizer", Manifest(kind="quantizer", id=_ID, inputs=inputs, metrics=figures))
         inputs = {**inputs, "quantizer": _ID}
         settings = {"vectors": "int8"}

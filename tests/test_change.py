@@ -21,7 +21,7 @@ from ace_core.snapshot import Snapshot
 from ace_store import Store
 from pipelines import cli
 from pipelines.change import add_stage, remove_stage, rollback_stage
-from pipelines.drift import Drift
+from pipelines.drift import UNSEEN_ERROR, Drift
 from pipelines.ingest import ingest
 from pipelines.keep import gc_stage
 from pipelines.progress import Reporter
@@ -186,7 +186,10 @@ def test_drift_is_measured(copy: Copy) -> None:
 
     snapshot = Snapshot.open(copy.store.mirror())
     same = measure_drift(snapshot, snapshot.segments[0], copy.store)
-    assert same.balance_shift == pytest.approx(0, abs=1e-9) and same.error_ratio == pytest.approx(1, rel=1e-3)
+    fitted = copy.store.find("quantizer", snapshot.manifest.models["quantizer"].id)
+    assert fitted is not None
+    unseen = 1 + UNSEEN_ERROR * fitted.metrics["fine_codes"] / fitted.metrics["items"]
+    assert same.balance_shift == pytest.approx(0, abs=1e-9) and same.error_ratio == pytest.approx(1 / unseen, rel=1e-3)
     assert same.collision_rate == 1 and isinstance(snapshot.segments[0], Segment)
     assert np.isfinite(same.collision_before)
 
