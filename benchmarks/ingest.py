@@ -46,11 +46,14 @@ def tiny_clip(folder: Path) -> list[str]:
     """Settings that encode pictures with a random CLIP of 32 pixels."""
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    disable_progress_bar()
+    set_verbosity_error()
     torch.manual_seed(0)
     layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config={**layers, "vocab_size": 99},
+        text_config={**layers, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1},
         vision_config={**layers, "image_size": 32, "patch_size": 16},
         projection_dim=32,
     )

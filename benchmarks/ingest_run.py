@@ -33,14 +33,14 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak = 0
-        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._ended.wait(0.5):
             self.peak = max(self.peak, sum(_share(pid) for pid in _family(os.getpid())))
 
     def stop(self) -> int:
-        self._stop.set()
+        self._ended.set()
         self.join()
         return self.peak
 
