@@ -28,7 +28,7 @@ def made() -> tuple[Generator, torch.Tensor, list[QueryBatch], np.ndarray]:
     torch.manual_seed(0)
     model = Generator(GeneratorSettings(width=16, heads=2, layers=1, epochs=1, batch_size=50), quantizer, 8, 2).eval()
     gold = rng.permutation(ITEMS)[:90]
-    queries = unit_query(x[gold] + 0.3 * torch.from_numpy(rng.normal(size=(90, DIM)).astype(np.float32)))
+    queries = unit_query(x[gold] + 0.5 * torch.from_numpy(rng.normal(size=(90, DIM)).astype(np.float32)))
     return model, x, [QueryBatch(queries[i : i + 40]) for i in range(0, 90, 40)], gold
 
 
