@@ -50,12 +50,14 @@ class KnownEmbeddings:
             return {}  # removed meanwhile: encode again
 
     def _vectors(self, path: str) -> np.ndarray:
-        if path not in self._open:
-            while len(self._open) >= _OPEN:
-                self._open.pop(next(iter(self._open)), None)
+        vectors = self._open.get(path)
+        if vectors is None:  # threads may read the same one twice; none of them can miss it
             table = pq.read_table(path, columns=["embedding"], filesystem=self.filesystem, partitioning=None)
-            self._open[path] = embeddings_of(table)
-        return self._open[path]
+            vectors = embeddings_of(table)
+            for old in list(self._open)[: 1 - _OPEN]:
+                self._open.pop(old, None)
+            self._open[path] = vectors
+        return vectors
 
 
 class EncodeItems:
