@@ -18,9 +18,7 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.pool import pooled
 from ace_core.query import QueryBatch
 from ace_core.tensor_walk import TensorWalk
-from ace_core.walk import MaskAddresses, Masks, Rows, Walk
-
-_SCAN = 8  # items for each row of the draft: costs what the levels that it saves cost
+from ace_core.walk import MaskAddresses, Masks, Rows, Walk, draft_widths
 
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
@@ -131,20 +129,17 @@ def one_shot_search(
     *,
     draft: int = 200,
     limit: int | None = None,
-    scan: int | None = None,
 ) -> Candidates:
     """Identifiers whose tokens are most probable each by itself: one look at the query, no decoder.
 
     Args:
-        draft: identifiers kept at each level.
+        draft: identifiers found; on the way to them, see :func:`~ace_core.walk.draft_widths`.
         limit: candidates returned for a query at most; by default two for each of the draft.
-        scan: as soon as a query has no more than this many items below its rows, all of them are looked at, which
-            finds more in the same time; by default 8 for each of the draft. 0 never does. Not on a :class:`TensorWalk`.
         (others as in :func:`beam_search`)
     """
     walk = _prepared(segments)
     with torch.inference_mode():
-        rows = _draft(model, query, walk, masks, draft, _SCAN * draft if scan is None else scan)
+        rows = _draft(model, query, walk, masks, draft)
     return _candidates(walk, rows, masks, limit or 2 * draft)
 
 
@@ -156,7 +151,6 @@ def verified_search(
     *,
     draft: int = 200,
     limit: int | None = None,
-    scan: int | None = None,
 ) -> Candidates:
     """Identifiers drafted as :func:`one_shot_search` does, scored exactly by the decoder in one pass.
 
@@ -164,7 +158,7 @@ def verified_search(
     """
     walk = _prepared(segments)
     with torch.inference_mode():
-        rows = _draft(model, query, walk, masks, draft, _SCAN * draft if scan is None else scan)
+        rows = _draft(model, query, walk, masks, draft)
         width = rows.width
         if width:
             state = model.start(query)
@@ -241,16 +235,15 @@ def _spell_on_device(
 
 
 def _draft(
-    model: SpellingModel, query: QueryBatch, walk: Walk | TensorWalk, masks: Masks | Sequence[Masks] | None,
-    keep: int, scan: int,
+    model: SpellingModel, query: QueryBatch, walk: Walk | TensorWalk, masks: Masks | Sequence[Masks] | None, keep: int
 ) -> Rows:  # fmt: skip
     tables = model.one_shot(query)
     if isinstance(walk, Walk):
-        return walk.draft([_numpy(t) for t in tables], keep, walk.masks(masks, len(query)), scan=scan)
+        return walk.draft([_numpy(t) for t in tables], keep, walk.masks(masks, len(query)))
     on_device = walk.masks(masks, len(query))
     rows = walk.root(len(query))
-    for log_probs in tables:
-        rows = walk.expand(rows, log_probs[:, None, :], keep, on_device)
+    for log_probs, width in zip(tables, draft_widths(keep, walk.levels)):
+        rows = walk.expand(rows, log_probs[:, None, :], width, on_device)
     return walk.to_host(rows)
 
 

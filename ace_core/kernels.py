@@ -438,178 +438,148 @@ def expand(
 
 
 @_compiled
-def _items_below(pointers, pointers_wide, level, low, high, rows):
-    """Items below the first ``rows`` rows, whose children are nodes of ``level``."""
-    total = np.int64(0)
-    for r in range(rows):
-        for s in range(low.shape[1]):
-            begin, end = low[r, s], high[r, s]
-            for deeper in range(level, pointers.shape[1]):
-                begin = _child(pointers[s, deeper], pointers_wide[s], begin)
-                end = _child(pointers[s, deeper], pointers_wide[s], end)
-            total += end - begin
-    return total
+def _cut_nodes(node, parent, score, size, keep, scratch):
+    """:func:`_cut` for nodes of one segment."""
+    if size < keep:
+        return size, -np.inf
+    for i in range(size):
+        scratch[i] = score[i]
+    threshold = _nth_largest(scratch, size, keep)
+    ties = keep
+    for i in range(size):
+        ties -= score[i] > threshold
+    left = 0
+    for i in range(size):
+        value = score[i]
+        tie = (value == threshold) & (ties > 0)
+        ties -= tie
+        node[left] = node[i]
+        parent[left] = parent[i]
+        score[left] = value
+        left += (value > threshold) | tie
+    return left, threshold
 
 
 @_compiled
-def _scan_below(
-    tokens, tokens_wide, pointers, pointers_wide, level, bits, own, offsets,
-    row_low, row_high, row_score, row_codes, rows,
-    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-    low, high, score, codes, level_log_prob,
-):  # fmt: skip
-    """The best of all identifiers below rows of ``level`` tokens: depth first, best row first, leaving out whatever
-    cannot come among the best. Fills the complete rows and returns their number."""
-    levels, segments = tokens.shape
-    keep = score.shape[0]
-    room = slot_score.shape[0]
-    slot_codes = np.empty((room, levels), np.uint16)
-    places = np.arange(room)  # where the codes of the slots to come go; those of a slot stay when it moves
-    free = np.empty(room, np.int64)
-    rest = np.zeros(levels + 1)  # the most that the levels from here on can add
-    for deeper in range(levels - 1, level - 1, -1):
-        best = -np.inf
-        for at in range(offsets[deeper], offsets[deeper + 1]):
-            best = max(best, np.float64(own[at]))
-        rest[deeper] = rest[deeper + 1] + best
-    cursor, ends = np.empty((levels, segments), np.int64), np.empty((levels, segments), np.int64)
-    begin, run_end = np.empty(segments, np.int64), np.empty(segments, np.int64)
-    path = np.empty(levels, np.uint16)
-    above = np.empty(levels + 1)
-    size = 0
-    threshold = -np.inf
-    for r in range(rows):
-        if row_score[r] + rest[level] <= threshold:
-            break  # rows come by falling score
-        at = level
-        above[at] = row_score[r]
-        for s in range(segments):
-            cursor[at, s] = row_low[r, s]
-            ends[at, s] = row_high[r, s]
-        while at >= level:
-            last = at == levels - 1
-            vocabulary = offsets[at + 1] - offsets[at]
-            if segments == 1:
-                token = np.int64(vocabulary)
-                if cursor[at, 0] < ends[at, 0]:
-                    token = _token(tokens[at, 0], tokens_wide[at], cursor[at, 0])
-                    run_end[0] = _run_end(tokens[at, 0], tokens_wide[at], cursor[at, 0], ends[at, 0], last)
-            else:
-                token = _join(tokens[at], tokens_wide[at], cursor[at], ends[at], last, vocabulary, run_end)
-            if token == vocabulary:
-                at -= 1
-                continue
-            for s in range(segments):
-                begin[s] = cursor[at, s]
-                cursor[at, s] = run_end[s]
-            total = above[at] + min(np.float64(own[offsets[at] + token]), 0.0)
-            if not total + rest[at + 1] > threshold:
-                continue
-            if not _any_allowed(bits[at], begin, run_end):
-                continue
-            path[at] = token
-            if not last:
-                at += 1
-                above[at] = total
-                for s in range(segments):
-                    cursor[at, s] = _child(pointers[s, at - 1], pointers_wide[s], begin[s])
-                    ends[at, s] = _child(pointers[s, at - 1], pointers_wide[s], run_end[s])
-                continue
-            if size == room:
-                size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
-                for i in range(room):
-                    free[i] = 1
-                for i in range(size):
-                    free[slot_row[i]] = 0
-                next_free = size
-                for i in range(room):
-                    if free[i] == 1:
-                        places[next_free] = i
-                        next_free += 1
-                if total <= threshold:
+def _gather(tokens, at, first, end, last, bits, base, table, threshold, r, node, parent, score, size):
+    """Append the children at .. end - 1 of row r that pass the threshold and the mask, until there is no room.
+
+    The loop that a draft's time is spent in. Of children with one token (a bucket) the first stands for all; ``first``
+    is the row's first child. Returns the next child and the new size.
+    """
+    room = len(score)
+    if bits == NO_MASK and not last:
+        stop = min(end, at + room - size)
+        for i in range(np.uint64(at), np.uint64(stop)):
+            total = base + table[tokens[i]]
+            node[size] = i
+            parent[size] = r
+            score[size] = total
+            size += total > threshold
+        return stop, size
+    allowed = _uint64(bits)
+    for i in range(at, end):
+        total = base + table[tokens[i]]
+        if total > threshold and (not last or i == first or tokens[i] != tokens[i - 1]):
+            if bits != NO_MASK:
+                stop = i + 1
+                while last and stop < end and tokens[stop] == tokens[i]:
+                    stop += 1
+                if not _any_bit(allowed, i, stop):
                     continue
-            slot_score[size] = total
-            for s in range(segments):
-                slot_low[size, s] = begin[s]
-                slot_high[size, s] = run_end[s]
-            place = places[size]
-            slot_row[size] = place
-            for done_level in range(level):
-                slot_codes[place, done_level] = row_codes[r, done_level]
-            for done_level in range(level, levels):
-                slot_codes[place, done_level] = path[done_level]
+            if size == room:
+                return i, size
+            node[size] = i
+            parent[size] = r
+            score[size] = total
             size += 1
-    size, threshold = _cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
-    _order_best_first(slot_score, size, order, other)
-    for i in range(size):
-        slot = order[i]
-        score[i] = slot_score[slot]
-        for s in range(segments):
-            low[i, s] = slot_low[slot, s]
-            high[i, s] = slot_high[slot, s]
-        for done_level in range(levels):
-            token = slot_codes[slot_row[slot], done_level]
-            codes[i, done_level] = token
-            level_log_prob[i, done_level] = min(np.float64(own[offsets[done_level] + token]), 0.0)
-    return size
+    return end, size
 
 
 @_compiled
 def draft(
-    tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets, scan,
+    tokens, tokens_wide, pointers, pointers_wide, roots, bits, log_probs, offsets, widths,
     low, high, score, codes, level_log_prob, live,
 ):  # fmt: skip
-    """All levels at once, where a token's log-probability does not depend on the tokens before it.
+    """All levels at once over one segment, where a token's log-probability does not depend on the tokens before it.
 
-    Args (as in :func:`expand`, and):
-        roots: (S,) int64, nodes of the first level.
+    What :func:`expand` finds level by level, in a fraction of its time: a row here is one node, not an interval in
+    each segment, and identifiers are read back from the nodes' parents for the rows that are left at the end.
+
+    Args (as in :func:`expand`, with S = 1, and):
+        roots: nodes of the first level.
         log_probs: (n, sum of V) of all levels' tokens side by side; offsets: (L + 1,) where each level begins.
-        scan: items below a query's rows from which on all of them are looked at, instead of the best rows of a level.
+        widths: (L,) rows kept at each level.
         low, high, score, codes, level_log_prob, live: the complete rows that result.
     """
     queries, keep, levels = codes.shape
-    segments = tokens.shape[1]
-    room = 3 * keep + 64
-    slot_score, scratch = np.empty(room), np.empty(room)
-    slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
-    row_low, row_high = np.empty((keep, segments), np.int64), np.empty((keep, segments), np.int64)
-    row_score, parent = np.empty(keep), np.empty(keep, np.int64)
-    row_codes, row_log_prob = np.empty((keep, levels), np.uint16), np.empty((keep, levels))
+    most = keep
+    for level in range(levels):
+        most = max(most, widths[level])
+    room = 2 * most + 512
+    node, parent = np.empty((levels, room), np.int64), np.empty((levels, room), np.int64)
+    scores, scratch = np.empty((2, room)), np.empty(room)
+    order, other = np.empty(room, np.int64), np.empty(room, np.int64)
+    table = np.empty(log_probs.shape[1])
     for q in range(queries):
-        allowed = bits[q % bits.shape[0]]
-        rows = 1
-        row_score[0] = 0.0
-        for s in range(segments):
-            row_low[0, s] = 0
-            row_high[0, s] = roots[s]
+        for i in range(len(table)):
+            table[i] = min(np.float64(log_probs[q, i]), 0.0)
+        size = 1
+        scores[1, 0] = 0.0
         for level in range(levels):
-            if _items_below(pointers, pointers_wide, level, row_low, row_high, rows) <= scan:
-                rows = _scan_below(
-                    tokens, tokens_wide, pointers, pointers_wide, level, allowed, log_probs[q], offsets,
-                    row_low, row_high, row_score, row_codes, rows,
-                    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-                    low[q], high[q], score[q], codes[q], level_log_prob[q],
-                )  # fmt: skip
-                break
-            own = log_probs[q, offsets[level] : offsets[level + 1]].reshape(1, -1)
-            rows = _expand_query(
-                tokens[level], tokens_wide[level], pointers, pointers_wide, level, allowed[level],
-                row_low, row_high, row_score, row_codes, row_log_prob, rows, own, False,
-                slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-                parent, low[q], high[q], score[q], codes[q], level_log_prob[q],
-            )  # fmt: skip
-            if level == levels - 1:
-                break
-            for r in range(rows):
-                row_score[r] = score[q, r]
-                for s in range(segments):
-                    row_low[r, s] = low[q, r, s]
-                    row_high[r, s] = high[q, r, s]
-                for done_level in range(level + 1):
-                    row_codes[r, done_level] = codes[q, r, done_level]
-                    row_log_prob[r, done_level] = level_log_prob[q, r, done_level]
-        live[q] = rows
+            last = level == levels - 1
+            own = table[offsets[level] : offsets[level + 1]]
+            before, now = scores[1 - (level & 1)], scores[level & 1]
+            allowed = bits[q % bits.shape[0], level, 0]
+            narrow, wide = _uint8(tokens[level, 0]), _uint16(tokens[level, 0])
+            best = -np.inf
+            for i in range(len(own)):
+                best = max(best, own[i])
+            count = 0
+            threshold = -np.inf
+            for r in range(size):
+                base = before[r]
+                if base + best <= threshold:
+                    continue
+                at, end = np.int64(0), np.int64(roots)
+                if level:
+                    above = node[level - 1, r]
+                    at = _child(pointers[0, level - 1], pointers_wide[0], above)
+                    end = _child(pointers[0, level - 1], pointers_wide[0], above + 1)
+                first = at
+                while True:
+                    if tokens_wide[level]:
+                        at, count = _gather(
+                            wide, at, first, end, last, allowed, base, own, threshold, r,
+                            node[level], parent[level], now, count,
+                        )  # fmt: skip
+                    else:
+                        at, count = _gather(
+                            narrow, at, first, end, last, allowed, base, own, threshold, r,
+                            node[level], parent[level], now, count,
+                        )  # fmt: skip
+                    if at == end:
+                        break
+                    count, threshold = _cut_nodes(node[level], parent[level], now, count, widths[level], scratch)
+            size, threshold = _cut_nodes(node[level], parent[level], now, count, widths[level], scratch)
+        ending = scores[(levels - 1) & 1]
+        _order_best_first(ending, size, order, other)
+        for i in range(size):
+            at = order[i]
+            end = np.int64(roots)
+            if levels > 1:
+                above = node[levels - 2, parent[levels - 1, at]]
+                end = _child(pointers[0, levels - 2], pointers_wide[0], above + 1)
+            item = node[levels - 1, at]
+            low[q, i, 0] = item
+            high[q, i, 0] = _run_end(tokens[levels - 1, 0], tokens_wide[levels - 1], item, end, True)
+            score[q, i] = ending[at]
+            for level in range(levels - 1, -1, -1):
+                token = _token(tokens[level, 0], tokens_wide[level], node[level, at])
+                codes[q, i, level] = token
+                level_log_prob[q, i, level] = table[offsets[level] + token]
+                at = parent[level, at]
+        live[q] = size
 
 
 @_compiled

@@ -17,6 +17,8 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 
+_SPREAD = 4
+
 Masks = Sequence[ItemMask | None]
 """One mask for each segment; None allows all its items."""
 
@@ -81,6 +83,7 @@ class Walk:
             WeakKeyDictionary() for _ in self.segments
         ]
         self._roots = np.array([len(s.tokens[0]) for s in self.segments], np.int64)
+        self._offsets = np.cumsum([0, *self.vocab_sizes])
 
     @property
     def levels(self) -> int:
@@ -144,23 +147,27 @@ class Walk:
             level_log_prob=np.zeros((queries, beam, self.levels)),
         )
 
-    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses, *, scan: int = 0) -> Rows:
-        """Complete rows by tokens that do not depend on each other: :meth:`expand` over all levels in one call.
-
-        As soon as a query's rows have no more than ``scan`` items below them, all of these are looked at: what is
-        found is at least as probable as without, and found sooner than by cutting to the best rows at every level.
+    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses) -> Rows:
+        """Complete rows by tokens that do not depend on each other: :meth:`expand` over all levels, with the widths
+        of :func:`draft_widths`; one call of a compiled kernel where there is one segment.
 
         Args:
             log_probs: for each level (n, V_level) float32 or float64, none above zero.
-            keep: rows kept at each level.
+            keep: rows that result.
         """
         sizes = [table.shape[1] for table in log_probs]
         if tuple(sizes) != self.vocab_sizes:
             raise _foreign_model(sizes, self.vocab_sizes)
+        widths = draft_widths(keep, self.levels)
+        if len(self.segments) > 1:
+            rows = self.root(len(log_probs[0]))
+            for table, width in zip(log_probs, widths):
+                rows = self.expand(rows, table[:, None, :], width, masks)
+            return rows
         rows = self._blank(len(log_probs[0]), keep, self.levels)
         kernels.draft(
-            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots, masks.bits,
-            np.concatenate(log_probs, axis=1), np.cumsum([0, *sizes]), scan,
+            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots[0], masks.bits,
+            np.concatenate(log_probs, axis=1), self._offsets, np.array(widths),
             rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live,
         )  # fmt: skip
         return rows
@@ -248,6 +255,12 @@ class MaskAddresses:
 
     bits: np.ndarray
     held: tuple[tuple[tuple[np.ndarray | None, ...], ...], ...]
+
+
+def draft_widths(keep: int, levels: int) -> list[int]:
+    """Rows kept at each level of a draft: more in the middle than at its end, because what a coarse prefix promises
+    is a poor guide to its best item, and looking at more prefixes costs less than re-ranking more items."""
+    return [keep if level in (0, 1, levels - 1) else _SPREAD * keep for level in range(levels)]
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:

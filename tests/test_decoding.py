@@ -13,7 +13,7 @@ from ace_core.decoding import beam_search, one_shot_search, search_candidates, v
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 from ace_core.tensor_walk import TensorWalk
-from ace_core.walk import Walk
+from ace_core.walk import Walk, draft_widths
 from tests.decoding_reference import TableModel, build, corpora, queries, reference_beam
 
 few = settings(deadline=None, max_examples=60)  # the first example may wait for the kernels to compile
@@ -147,8 +147,8 @@ def test_tensors_walk_as_the_kernels_do(corpus, part_of, beam, scoring, seed, sh
     pairs = [
         [beam_search(model, queries([5, 6]), walk, masks, beam=beam, scoring=scoring) for walk in both],
         [beam_search(model, queries([5, 6]), walk, masks[0], beam=beam) for walk in both],
-        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam, scan=0) for walk in both],
-        [verified_search(model, queries([5, 6]), walk, draft=beam, scan=0) for walk in both],
+        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam) for walk in both],
+        [verified_search(model, queries([5, 6]), walk, draft=beam) for walk in both],
     ]
     for a, b in pairs:
         assert a.valid.tolist() == b.valid.tolist()
@@ -181,34 +181,41 @@ def test_one_shot_and_verify_score_every_identifier_of_a_wide_draft(corpus, shar
 
 @few
 @given(
-    corpora(), st.lists(st.integers(0, 2), min_size=40, max_size=40), beams, st.sampled_from([0.2, 1.0]),
-    st.integers(0, 60), st.integers(0, 2**31),
+    corpora(), st.lists(st.integers(0, 2), min_size=40, max_size=40), st.sampled_from([1, 2, 3, 7]),
+    st.sampled_from([None, 0.0, 0.2, 1.0]), st.integers(0, 2**31),
 )  # fmt: skip
-def test_a_scan_finds_the_best_below_the_rows(corpus, part_of, draft, share, scan, seed):
+def test_a_draft_is_a_beam_whose_tokens_do_not_depend_on_each_other(corpus, part_of, draft, share, seed):
     codes, sizes = corpus
     part_of = np.array(part_of[: len(codes)], int)
-    rng = np.random.default_rng(seed)
+    alive = np.random.default_rng(seed).random(len(codes)) < (1.0 if share is None else share)
+    whole, ordered, order = build(codes, sizes)
     split = [build(codes[part_of == p], sizes) for p in range(3)]
-    masks = [ItemMask.of(rng.random(s.items) < share) for s, _, _ in split]
-    whole, ordered, _ = build(codes, sizes)
+    masks = [ItemMask.of(alive[part_of == p][o]) for p, (_, _, o) in enumerate(split)]
     model = TableModel(sizes)
     tables = [t.numpy() for t in model.one_shot(queries([1, 2]))]
-    for segments, of_masks, exist in (
-        ([whole], None, ordered),
-        ([s for s, _, _ in split], masks, np.concatenate([c[m.to_bool()] for (_, c, _), m in zip(split, masks)])),
-    ):
-        args = (model, queries([1, 2]), segments, of_masks)
-        without = one_shot_search(*args, draft=draft, scan=0, limit=1000)
-        found = one_shot_search(*args, draft=draft, scan=scan, limit=1000)
-        all_of = one_shot_search(*args, draft=draft, scan=len(codes), limit=1000)
-        for q in range(2):
-            sums = {tuple(c): sum(tables[level][q, t] for level, t in enumerate(c)) for c in exist.tolist()}
-            agree(leaves(all_of, q), sorted(sums.items(), key=lambda item: -item[1])[:draft])
-            a, b = leaves(without, q), leaves(found, q)
-            assert len(b) >= len(a) and all(y[1] >= x[1] - 1e-5 for x, y in zip(a, b))
-            for identifier, log_prob in b:
-                assert log_prob == pytest.approx(sums[identifier], abs=1e-4)
-            np.testing.assert_allclose(found.level_log_prob[q].sum(-1), found.log_prob[q], rtol=1e-4)
+    exist = sorted({tuple(c) for c in ordered[alive[order]].tolist()})
+    args = {"draft": draft, "limit": 1000}
+    alone = one_shot_search(
+        model, queries([1, 2]), [whole], None if share is None else [ItemMask.of(alive[order])], **args
+    )
+    joint = one_shot_search(model, queries([1, 2]), [s for s, _, _ in split], masks, **args)
+    for q in range(2):
+        rows = [((), 0.0)] if exist else []
+        for level, width in enumerate(draft_widths(draft, len(sizes))):
+            following = [
+                (score + tables[level][q, t], (*prefix, t))
+                for prefix, score in rows
+                for t in {i[level] for i in exist if i[:level] == prefix}
+            ]
+            rows = [(prefix, score) for score, prefix in sorted(following, reverse=True)[:width]]
+        agree(leaves(alone, q), rows)
+        agree(leaves(joint, q), rows)
+        assert alone.valid[q].sum() == joint.valid[q].sum()
+        found = alone.row[q][alone.valid[q]]
+        assert set(found.tolist()) == {
+            i for i in np.flatnonzero(alive[order]) if tuple(ordered[i]) in {prefix for prefix, _ in rows}
+        }
+        np.testing.assert_allclose(alone.level_log_prob[q].sum(-1), alone.log_prob[q], rtol=1e-4)
 
 
 def test_a_narrow_draft_is_what_is_verified():
