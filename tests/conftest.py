@@ -27,6 +27,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # not a cluster that something else runs on this machine
         num_cpus=4,
         object_store_memory=500_000_000,
         include_dashboard=False,
