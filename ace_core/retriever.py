@@ -24,6 +24,7 @@ from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, loa
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
+from ace_core.generator.read_once import ReadOnce
 from ace_core.items import MODALITIES, Modality
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
@@ -158,8 +159,9 @@ class Retriever:
         for (mode, beam), numbers in groups.items():
             assert queries is not None
             batch = queries[torch.tensor(numbers)]
+            model = ReadOnce(self._generator, batch)
             candidates = search_candidates(
-                self._generator,
+                model,
                 batch,
                 self._walk,
                 [self._item_masks(requests[number]) for number in numbers],
@@ -167,7 +169,7 @@ class Retriever:
                 beam=beam,
             )
             kept = [requests[number].k or self.settings.k for number in numbers]
-            for number, hits in zip(numbers, self._rank(batch, candidates, kept)):
+            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept)):
                 answers[number] = hits
         return answers
 
@@ -267,12 +269,11 @@ class Retriever:
             self._masks.popitem(last=False)
         return masks
 
-    def _rank(self, batch: QueryBatch, candidates: Candidates, kept: Sequence[int]) -> list[list[Hit]]:
+    def _rank(self, refined: torch.Tensor, candidates: Candidates, kept: Sequence[int]) -> list[list[Hit]]:
         """The best ``kept`` candidates of each query as hits, by the ranker's score."""
         if not candidates.valid.any():
             return [[] for _ in kept]
-        with torch.inference_mode():
-            queries = self._generator.refine(batch).float().cpu().numpy()
+        queries = refined.float().cpu().numpy()
         similar = similarity(queries, candidates, self._galleries, self._quantizer)
         ranker = self._ranker if self.settings.rerank else GENERATOR_ONLY
         score = ranker.score(candidates.log_prob, similar, candidates.valid)

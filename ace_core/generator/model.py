@@ -218,7 +218,10 @@ class Generator(nn.Module):
 
     def start(self, query: QueryBatch) -> DecoderState:
         """Read queries: everything that does not depend on what is spelled is computed here, once."""
-        reading = self.read(query)
+        return self.start_of(self.read(query))
+
+    def start_of(self, reading: Reading) -> DecoderState:
+        """:meth:`start` with queries that were read already."""
         kept = tuple(layer.fusion.project(reading.z, list(reading.memories)) for layer in self._decoder)
         modality = F.log_softmax(self._modality_logits(reading.vector), -1)
         return DecoderState(reading.vector, modality, kept, reading.mask)
