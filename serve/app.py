@@ -189,7 +189,7 @@ def run(
     port = _free_port(chosen.host, chosen.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
     if not ray.is_initialized():
-        ray.init(address=settings.compute.address, include_dashboard=False, log_to_driver=False)
+        ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
     serve.start(
         http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
         proxy_location=ProxyLocation.HeadOnly,

@@ -118,7 +118,7 @@ def test_an_unexpected_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_context", broken)
+    monkeypatch.setattr(cli, "context_of", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["publish"])
 
@@ -127,7 +127,7 @@ def test_stopping_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypa
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_context", stopped)
+    monkeypatch.setattr(cli, "context_of", stopped)
     code, _, err = _run(capsys, "publish")
     assert code == 130 and "goes on from here" in err
 
