@@ -110,7 +110,7 @@ def start_cluster() -> Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 items and short phases: under a minute")
+    parser.add_argument("--quick", action="store_true", help="20,000 items and short phases")
     parser.add_argument("--items", type=int, default=None, help="items of the snapshot (1,000,000)")
     parser.add_argument("--only", choices=_PHASES, default=None, help="one phase (overload includes load)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
@@ -133,7 +133,7 @@ def main() -> None:
                 overload = (6.0 if chosen.quick else 60.0) if "overload" in phases else 0.0
                 figures |= under_load(store, 1.5 if chosen.quick else 10.0, overload)
             if "faults" in phases:
-                seconds, every = (10.0, 4.0) if chosen.quick else (60.0, 6.0)
+                seconds, every = (10.0, 4.0) if chosen.quick else (60.0, 8.0)
                 figures |= serving_faults.measure(store, snapshot, seconds, every)
             if "autoscaling" in phases:
                 down = 2.0 if chosen.quick else 15.0

@@ -23,7 +23,7 @@ from ace_core.retriever import Retriever
 from ace_core.snapshot import Snapshot, write_snapshot
 from ace_store.store import Store
 from benchmarks.measure import table
-from benchmarks.serving_load import Load, closed_loop, processes, text_of
+from benchmarks.serving_load import Load, closed_loop, processes, starting, text_of
 from serve import app
 
 REPLICAS = 3
@@ -136,9 +136,11 @@ class Chaos(threading.Thread):
         self.events.append((what, time.monotonic()))
 
     def _kill(self) -> None:
-        if alive := sorted(processes("replicas")):
+        # One that answers: what is still starting would otherwise never get to it.
+        alive = sorted(pid for pid in processes("replicas") if not starting(pid))
+        if alive:
             os.kill(alive[0], signal.SIGKILL)
-            self._note("replica killed")
+        self._note("replica killed" if alive else "no replica up that could be killed")
 
     def _publish(self, name: str, what: str) -> None:
         if self._hidden.exists():  # whoever publishes cannot reach it either

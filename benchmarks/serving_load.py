@@ -214,6 +214,14 @@ def processes(role: str | None = None) -> dict[int, str]:
     return found
 
 
+def starting(pid: int) -> bool:
+    """Whether a replica still loads (or is gone)."""
+    try:
+        return "__init__" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return True
+
+
 def memory(role: str) -> float:
     """Resident megabytes of a role's processes together."""
     total = 0.0
