@@ -160,9 +160,11 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"any of {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, help="where corpora and stores are made; by default a temporary folder")
     parser.add_argument("--images", type=int, help="pictures of the overhead's and the scaling's corpus")
+    parser.add_argument("--bad", type=int, help="corrupt files, among ten times as many good ones")
     options = parser.parse_args()
     parts = options.parts.split(",")
     images = options.images or (120 if options.quick else 20_000)
+    bad = options.bad or (len(DAMAGES) if options.quick else 1_000)
     figures: dict[str, Any] = {"images": images, "cores": os.cpu_count(), "quick": options.quick}
     with tempfile.TemporaryDirectory(prefix="ace-ingest-") as temporary:
         folder, quick = options.folder or Path(temporary), options.quick
@@ -170,7 +172,7 @@ def main() -> None:
             "memory": lambda: memory(folder, 40 if quick else 10_000),
             "overhead": lambda: overhead(folder, {"image": images, "audio": images // 4, "video": images // 8}),
             "scaling": lambda: scaling(folder, images),
-            "corrupt": lambda: corrupt(folder, *((80, 40) if quick else (10_000, 1_000))),
+            "corrupt": lambda: corrupt(folder, good=10 * bad, bad=bad),
         }
         made = [make() for name, make in makers.items() if name in parts]
         loops = run([settings for part in made for settings in part.runs[: part.loops]], bare=True)

@@ -78,6 +78,8 @@ def resized(rgb: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _damaged(data: bytes, found: str) -> MediaError:
     cut = len(data) < 64 or is_cut_short(data) or any(word in found.lower() for word in _CUT_WORDS)
+    # A JPEG's decoder may stumble before it reaches the end; the mark that ends it tells.
+    cut = cut or (data[:3] == b"\xff\xd8\xff" and not data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9"))
     return MediaError(Cause.TRUNCATED if cut else Cause.CORRUPT, found)
 
 
