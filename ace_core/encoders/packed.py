@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 def can_pack(device: torch.device | str) -> bool:
     """Is this device a CPU that has the packed form?"""
-    return torch.device(device).type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    known = "fbgemm" in torch.backends.quantized.supported_engines
+    return torch.device(device).type == "cpu" and known and hasattr(torch.ops.quantized, "linear_prepack_fp16")
 
 
 class SideBySide(nn.Module):
