@@ -364,6 +364,7 @@ def test_a_key_is_asked_for_and_opens_everything(world: Path, page: Page) -> Non
         page.get_by_role("button", name="Use this key").click()
         picture = page.locator(".card[data-id=red-circle] img")
         page.wait_for_function("e => e.complete && e.naturalWidth === 96", arg=picture.element_handle())
+        page.goto("about:blank")  # it shall ask for nothing more while the server stops
     finally:
         server.should_exit = True
         thread.join(10)
