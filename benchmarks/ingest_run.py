@@ -105,6 +105,8 @@ def pipeline(settings: Settings) -> dict[str, Any]:
     assert reporter.first is not None
     since, before = reporter.first
     files = sum(manifest.metrics["items"].values()) + sum(manifest.metrics["errors"].values())
+    if before == files:  # so few that all came back together: there is no steady part
+        since, before = began, 0
     return {
         "seconds": ended - began,
         "start_seconds": since - began,
