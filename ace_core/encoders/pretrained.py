@@ -6,6 +6,7 @@ VideoMAE) the mean of their last layer's token features, for the aligner to proj
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ace_core.media.video import Sampling
 
 
-class PretrainedEncoder:
+class PretrainedEncoder(ABC):
     """What the three modalities have in common: loading, running, pooling."""
 
     modality: Modality
@@ -49,11 +50,13 @@ class PretrainedEncoder:
         name = f"get_{self.modality}_features"
         return name if hasattr(self._model, name) else None
 
+    @abstractmethod
     def _blank(self) -> np.ndarray:
-        raise NotImplementedError
+        """An input array of the modality, to find the width of the vectors with."""
 
+    @abstractmethod
     def _inputs(self, batch: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """What the model is called with for these input arrays."""
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised."""
