@@ -109,7 +109,7 @@ def pipeline(settings: Settings) -> dict[str, Any]:
         since, before = began, 0
     return {
         "seconds": ended - began,
-        "start_seconds": since - began,
+        "start_seconds": reporter.first[0] - began,
         "steady_per_second": (files - before) / max(ended - since, 1e-9),
         "peak_bytes": peak,
         "features": manifest.id,
