@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings
 from ace_core.evaluation import Interval, compare, compare_unpaired, exact_ranks, ivf_results, ranks_in, summarise
@@ -44,6 +45,8 @@ from benchmarks.retrieval_system import (
 
 _QUERIES_AT_ONCE = 250
 _DRAFT = VERIFIED.draft
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Report:
@@ -258,6 +261,11 @@ def mixed(systems: dict[str, System], world: World, report: Report) -> None:
     report.show("one generator for several modalities, and one for each")
 
 
+def _changed(settings: Settings, changes: list[str]) -> Settings:
+    """Settings with ``KEY=VALUE`` changes."""
+    return type(settings).model_validate(settings.model_dump() | dict(c.split("=", 1) for c in changes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
@@ -269,6 +277,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, in a minute")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
     parser.add_argument("--generator", action="append", default=[], metavar="KEY=VALUE", help="a generator setting")
+    parser.add_argument("--quantizer", action="append", default=[], metavar="KEY=VALUE", help="a quantizer setting")
     parser.add_argument(
         "--parts", default="untrained,main,no-captions,ablation", help="which tables; also: curves, mixed"
     )
@@ -286,8 +295,7 @@ def main() -> None:
         aligner = aligner.model_copy(update={"epochs": 8, "batch_size": 128})
         quantizer = quantizer.model_copy(update={"coarse": 16, "fine_codes": 32, "epochs": 2})
         generator = generator.model_copy(update={"epochs": 1, "r_drop": 0.0})
-    changes = dict(change.split("=", 1) for change in args.generator)
-    generator = GeneratorSettings.model_validate(generator.model_dump() | changes)
+    quantizer, generator = _changed(quantizer, args.quantizer), _changed(generator, args.generator)
     print(f"{args.set}: {len(data.split)} items, {len(world.train)} training captions", flush=True)
     report = Report(100 if args.quick else 1000)
     report.figures["settings"] = {
