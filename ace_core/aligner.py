@@ -11,7 +11,8 @@ its captions' mean.
 *Popularity.* Some items attract every query (hubs), and captioned items attract more than those that nobody
 captioned; left alone, the unseen part of a corpus is never found. An item's popularity is the mean similarity of the
 nearest 1/64 of a bank of queries (CSLS, Conneau et al. 2018; QB-Norm, Bogolin et al. 2022), plus an offset for
-captioned items that validation queries set. It is kept as one more coordinate:
+captioned items. How much of all this a modality's items get, validation queries choose
+(:mod:`ace_core.corrections`). It is kept as one more coordinate:
 
     item = [x ; -popularity]      query = [q ; 1]      query · item = q · x - popularity
 
@@ -35,10 +36,10 @@ from torch.nn import functional as F
 from ace_core.config import AlignerSettings
 from ace_core.errors import StoreError
 from ace_core.items import MODALITIES, Modality
+from ace_core.popularity import Bank
 from ace_core.space import unit_query
 
 MAX_SCALE = 100.0
-_BANK_SHARE = 64  # an item's popularity is its similarity to the nearest 1/64 of the bank
 
 
 class _Head(nn.Module):
@@ -78,11 +79,16 @@ class Aligner(nn.Module):
         self._items = nn.ModuleDict({m.value: _Head(w, *shape) for m, w in self.item_widths.items()})
         self.log_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         self.bank: torch.Tensor
+        self.memory_weight: torch.Tensor  # these four: (3,), by modality token; set on validation queries
+        self.popularity_weight: torch.Tensor
         self.offset: torch.Tensor
         self.centre: torch.Tensor
         self.register_buffer("bank", torch.zeros(0, settings.dim - 1, dtype=torch.float16))
-        self.register_buffer("offset", torch.zeros(()))
-        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("memory_weight", torch.full((len(MODALITIES),), settings.caption_memory))
+        self.register_buffer("popularity_weight", torch.full((len(MODALITIES),), settings.popularity))
+        self.register_buffer("offset", torch.zeros(len(MODALITIES)))
+        self.register_buffer("centre", torch.zeros(len(MODALITIES)))
+        self._measured: tuple[torch.Tensor, Bank] | None = None  # the bank, ready to measure with
 
     @property
     def dim(self) -> int:
@@ -123,17 +129,22 @@ class Aligner(nn.Module):
             raw: (n, d_m).
             memory: (n, D - 1) mean text vector of each item's captions, zero for an item that has none.
         """
+        at = modality.token
         x = self.tower_item(modality, raw)
         captioned = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if memory is not None:
             captioned = memory.square().sum(1) > 0
-            weight = self.settings.caption_memory * captioned[:, None]
+            weight = self.memory_weight[at] * captioned[:, None]
             x = F.normalize((1 - weight) * x + weight * F.normalize(memory, dim=-1), dim=-1)
-        popularity = self.offset * captioned
-        if len(self.bank) and self.settings.popularity:
-            nearest = mean_of_largest(x @ self.bank.float().T, max(1, len(self.bank) // _BANK_SHARE))
-            popularity = popularity + self.settings.popularity * nearest - self.centre
+        popularity = self.offset[at] * captioned
+        if len(self.bank) and float(self.popularity_weight[at]):
+            popularity = popularity + self.popularity_weight[at] * self._nearest(x) - self.centre[at]
         return torch.cat((x, -popularity[:, None]), 1)
+
+    def _nearest(self, x: torch.Tensor) -> torch.Tensor:
+        if self._measured is None or self._measured[0] is not self.bank:
+            self._measured = self.bank, Bank(self.bank)
+        return self._measured[1].nearest(x)
 
     @torch.inference_mode()
     def item_vectors(
@@ -199,15 +210,6 @@ class Aligner(nn.Module):
         except (OSError, KeyError, ValueError, RuntimeError) as e:
             raise StoreError(f"cannot read the aligner ({e})", where=folder, remedy="Fit the aligner again.") from None
         return aligner.eval()
-
-
-def mean_of_largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """(n, m) -> (n,) mean of each row's ``count`` largest values. On a CPU NumPy's partition takes a third of the time
-    of a top-k, which would also sort them."""
-    if values.device.type != "cpu" or values.requires_grad:
-        return values.topk(count, dim=1).values.mean(1)
-    m = values.shape[1]
-    return torch.from_numpy(np.partition(values.numpy(), m - count, axis=1)[:, m - count :].mean(1))
 
 
 @dataclass(frozen=True)

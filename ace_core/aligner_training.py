@@ -1,4 +1,4 @@
-"""Fits the aligner: InfoNCE on captions, then the popularity of items; resumable."""
+"""Fits the aligner: InfoNCE on captions, then the corrections of items; resumable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ace_core.aligner import MAX_SCALE, Aligner, CaptionPairs
 from ace_core.collective import Collective, LocalCollective, average_gradients, broadcast_parameters, share
 from ace_core.config import AlignerSettings
+from ace_core.corrections import fit_corrections
 from ace_core.errors import CorpusError
 from ace_core.fitting import (
     Checkpoint,
@@ -23,9 +24,6 @@ from ace_core.fitting import (
     warmup_cosine,
 )
 from ace_core.items import MODALITIES, Modality
-
-_SMALLEST_BANK = 256
-_VALIDATION_QUERIES = 2000
 
 
 def info_nce(text: torch.Tensor, items: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -60,8 +58,8 @@ def fit_aligner(
     Args:
         features: raw features (n_m, d_m) of each modality, all of the corpus on every worker.
         pairs: captions to train on, all of them on every worker; each worker takes its share of every batch.
-        validation: held-out captions, both of items in ``pairs`` and of items that are not; they set the offset
-            between captioned items and others (without them, it makes their mean popularity equal).
+        validation: held-out captions, both of items in ``pairs`` and of items that are not; they choose the
+            corrections (:mod:`ace_core.corrections`).
 
     Raises:
         CorpusError: fewer than two captions.
@@ -116,8 +114,7 @@ def fit_aligner(
         metrics = {"loss": float(torch.stack(losses).mean()), "scale": aligner.scale}
         hooks.on_progress(Progress("aligner", (epoch + 1) * steps, total, metrics))
     aligner = aligner.cpu().eval()
-    offset = _fit_popularity(aligner, features, pairs, validation, seed)
-    return aligner, metrics | {"captioned_offset": offset}
+    return aligner, metrics | fit_corrections(aligner, features, pairs, validation, seed)
 
 
 def _checkpoint(aligner: Aligner, optimizer: torch.optim.Optimizer, done: int) -> Checkpoint:
@@ -133,59 +130,6 @@ def _restore(aligner: Aligner, optimizer: torch.optim.Optimizer, checkpoint: Che
     unpack_optimizer(optimizer, checkpoint)
     torch.set_rng_state(checkpoint["random"])  # dropout goes on as it would have
     return int(checkpoint["done"])
-
-
-@torch.inference_mode()
-def _fit_popularity(
-    aligner: Aligner,
-    features: Mapping[Modality, np.ndarray],
-    pairs: CaptionPairs,
-    validation: CaptionPairs | None,
-    seed: int,
-) -> float:
-    """Fill the bank with training captions, then set the offset of captioned items; returns it.
-
-    The offset (and, for the comparison, a temperature) maximises the likelihood of validation queries over all
-    items, queries of captioned items and of others weighing the same.
-    """
-    distinct = np.unique(np.asarray(pairs.pooled, np.float32), axis=0)
-    if len(distinct) >= _SMALLEST_BANK and aligner.settings.popularity:
-        order = torch.randperm(len(distinct), generator=generator_for(seed, 5)).numpy()
-        bank = torch.from_numpy(aligner.text_vectors(distinct[np.sort(order[: aligner.settings.bank])])[:, :-1].copy())
-        aligner.bank = bank.half()
-    items = aligner.item_vectors(features, pairs)
-    captioned = np.zeros(len(items), bool)
-    captioned[pairs.rows] = True
-    aligner.centre.fill_(float(-items[:, -1].mean()))
-    items[:, -1] += float(aligner.centre)
-    if captioned.all() or not aligner.settings.caption_memory:
-        return 0.0
-    known = None if validation is None else captioned[validation.rows]
-    if validation is None or known is None or known.all() or not known.any():
-        offset = float(items[captioned, -1].mean() - items[~captioned, -1].mean())
-    else:
-        offset = _best_offset(aligner, items, captioned, validation, known)
-    aligner.offset.fill_(offset)
-    return offset
-
-
-def _best_offset(
-    aligner: Aligner, items: np.ndarray, captioned: np.ndarray, validation: CaptionPairs, known: np.ndarray
-) -> float:
-    half = _VALIDATION_QUERIES // 2
-    chosen = np.concatenate([np.flatnonzero(known)[:: max(1, known.sum() // half)],
-                             np.flatnonzero(~known)[:: max(1, (~known).sum() // half)]])  # fmt: skip
-    queries = aligner.text_vectors(validation.pooled[chosen])
-    scores = torch.from_numpy(queries @ items.T)
-    gold = torch.from_numpy(np.asarray(validation.rows, np.int64)[chosen])
-    mine = torch.from_numpy(known[chosen])
-    shift = torch.from_numpy(captioned).float()
-    best = (float("inf"), 0.0)
-    for offset in np.arange(-0.05, 0.2001, 0.01):
-        for scale in (15.0, 25.0, 40.0):
-            losses = F.cross_entropy(scale * (scores - float(offset) * shift), gold, reduction="none")
-            best = min(best, (float(losses[mine].mean() + losses[~mine].mean()), float(offset)))
-    return best[1]
 
 
 def _item_batch(

@@ -126,8 +126,10 @@ class AlignerSettings(Section):
     batch_size: int = Field(512, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.2, ge=0)
-    caption_memory: float = Field(0.4, ge=0, lt=1, description="weight of an item's own captions in its vector")
-    popularity: float = Field(0.75, ge=0, description="weight of the correction for items that attract every query")
+    caption_memory: float = Field(0.4, ge=0, lt=1, description="most weight of an item's own captions in its vector")
+    popularity: float = Field(
+        0.75, ge=0, description="most weight of the correction for items that attract every query"
+    )
     bank: int = Field(4096, ge=1, description="training captions that an item's popularity is measured on")
 
 

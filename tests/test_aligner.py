@@ -9,6 +9,7 @@ import torch
 from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.aligner_training import fit_aligner, info_nce
 from ace_core.config import AlignerSettings
+from ace_core.corrections import fit_corrections
 from ace_core.errors import CorpusError, StoreError
 from ace_core.fitting import Checkpoint, FitHooks, Progress
 from ace_core.items import Modality
@@ -131,9 +132,45 @@ def test_the_offset_keeps_uncaptioned_items_findable(world: World, aligner: Alig
     items = aligner.item_vectors(world.features, world.train)
     without = items.copy()
     captioned = np.unique(world.train.rows)
-    without[captioned, -1] += float(aligner.offset)
-    assert float(aligner.offset) > 0
+    offset = aligner.offset[np.where(np.arange(240) < world.split, Modality.IMAGE.token, Modality.AUDIO.token)].numpy()
+    assert offset[captioned].max() > 0
+    without[captioned, -1] += offset[captioned]
     assert recall(aligner, world.unseen, items) > recall(aligner, world.unseen, without)
+
+
+def test_corrections_that_find_less_than_the_heads_are_left_out() -> None:
+    """Captions that belong to other items: leaning towards them can only harm."""
+    world = World()
+    wrong = CaptionPairs(world.train.pooled, np.random.default_rng(3).permutation(world.train.rows))
+    aligner, figures = fit_aligner(world.features, world.train, SETTINGS, validation=world.validation)
+    assert figures["image_caption_memory"] == pytest.approx(SETTINGS.caption_memory)
+    figures = fit_corrections(aligner, world.features, wrong, world.validation, 0)
+    assert figures["image_caption_memory"] == 0 and figures["audio_caption_memory"] == 0
+    memory_free = aligner.item_vectors(world.features, wrong)[:, :-1]
+    np.testing.assert_allclose(memory_free, aligner.item_vectors(world.features)[:, :-1], atol=1e-6)
+
+
+def test_an_answer_with_the_query_s_text_is_right() -> None:
+    """Captions that name classes: the corrections must not push an item's classmates away to put it first."""
+    rng = np.random.default_rng(0)
+    classes = np.arange(120) % 6
+    features = {Modality.AUDIO: (np.eye(6)[classes] + 0.1 * rng.normal(size=(120, 6))).astype(np.float32)}
+    names = rng.normal(size=(6, 24)).astype(np.float32)
+    trained = np.flatnonzero(np.arange(120) // 6 % 3 < 2)
+    train, validation = CaptionPairs(names[classes[trained]], trained), CaptionPairs(names[classes], np.arange(120))
+    settings = SETTINGS.model_copy(update={"epochs": 80, "learning_rate": 1e-2})
+    aligner, _ = fit_aligner(features, train, settings, validation=validation)
+    found = (aligner.text_vectors(names) @ aligner.item_vectors(features, train).T).argmax(1)
+    assert np.array_equal(classes[found], np.arange(6))
+
+
+def test_without_queries_of_both_kinds_the_offset_evens_out_what_captions_add(world: World) -> None:
+    unseen_only = CaptionPairs(world.unseen.pooled, world.unseen.rows)
+    _, figures = fit_aligner(world.features, world.train, SETTINGS, validation=unseen_only)
+    assert figures["image_caption_memory"] == pytest.approx(SETTINGS.caption_memory)
+    assert figures["image_captioned_offset"] > 0, "captioned items are nearer to texts: they must not gain by it"
+    _, figures = fit_aligner(world.features, world.train, SETTINGS)
+    assert figures["audio_captioned_offset"] > 0
 
 
 def test_popularity_is_measured_on_the_bank() -> None:
