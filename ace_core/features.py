@@ -195,8 +195,8 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     """
     captions = _Captions.of(items.column("captions"))
     held_out, validation = _held_out(items, captions, settings)
-    kept, _ = captions.kept_and_trained(held_out, settings)
-    rows, texts = _training(items, captions, held_out, settings)
+    kept, trained = captions.kept_and_trained(held_out, settings)
+    rows, texts = _training(items, captions, trained, held_out)
     asked = held_out[captions.rows] & captions.unique
     to_validate = validation[captions.rows]
     return Split(
@@ -209,18 +209,9 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     )
 
 
-def training_captions(items: pa.Table, settings: SplitSettings) -> tuple[np.ndarray, pa.Array]:
-    """``split_of(items, settings).train_pairs`` as rows (p,) int64 and an Arrow column of p texts: what ten million
-    captions fit in."""
-    captions = _Captions.of(items.column("captions"))
-    held_out, _ = _held_out(items, captions, settings)
-    return _training(items, captions, held_out, settings)
-
-
 def _training(
-    items: pa.Table, captions: _Captions, held_out: np.ndarray, settings: SplitSettings
+    items: pa.Table, captions: _Captions, trained: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, pa.Array]:
-    _, trained = captions.kept_and_trained(held_out, settings)
     rows, texts = captions.rows[trained], captions.texts.filter(pa.array(trained))
     if "generated" not in items.column_names:
         return rows, texts
@@ -276,24 +267,27 @@ class _Captions:
 
 def _held_out(items: pa.Table, captions: _Captions, settings: SplitSettings) -> tuple[np.ndarray, np.ndarray]:
     """(n,) bool each: items whose captions are not trained on, and those of them that validate."""
-    names = [_names(chunk, settings.attribute) for chunk in items.column("attributes").chunks]
-    column = pa.chunked_array(names, pa.string())
+    column = split_names(items, settings)
     if column.null_count == len(column):
-        return _hashed_split(items.column("item_id"), captions.counts > 0, settings)
+        return hashed_split(items.column("item_id"), captions.counts > 0, settings)
     held_out = pc.is_in(column, value_set=pa.array(settings.held_out, pa.string())).to_numpy()
     return held_out, held_out & pc.fill_null(pc.equal(column, settings.validation), False).to_numpy()
 
 
+def split_names(items: pa.Table, settings: SplitSettings) -> pa.ChunkedArray:
+    """(n,) text: the split that each item's attributes name; null where they name none."""
+    names = [_names(chunk, settings.attribute) for chunk in items.column("attributes").chunks]
+    return pa.chunked_array(names, pa.string())
+
+
 def _names(attributes: pa.Array, name: str) -> pa.Array:
-    """One attribute of n items as text; null where an item has none."""
     found = typed_attributes(attributes)
     at = found.type.get_field_index(name)
     return pa.nulls(len(found), pa.string()) if at < 0 else found.field(at).cast(pa.string())
 
 
-def _hashed_split(
-    ids: pa.ChunkedArray, captioned: np.ndarray, settings: SplitSettings
-) -> tuple[np.ndarray, np.ndarray]:
+def hashed_split(ids: pa.ChunkedArray, captioned: np.ndarray, settings: SplitSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool each: captioned items held out by the hash of their id, and those of them that validate."""
     held_out, validation = np.zeros(len(captioned), bool), np.zeros(len(captioned), bool)
     others = [name for name in settings.held_out if name != settings.validation] or [settings.validation]
     rows = np.flatnonzero(captioned)

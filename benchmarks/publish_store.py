@@ -83,14 +83,20 @@ def caption(number: int) -> str:
     return f"a {_COLOURS[number % 8]} thing that has the number {number}"
 
 
+def _bank(count: int, dim: int) -> torch.Tensor:
+    """Random queries (count, dim) float16 with the spectrum that Flickr8k's captions have in an aligned space: half of
+    their squared length in 16 directions, 95 % in 64, 98 % in 96."""
+    draw = torch.randn(count, dim) * torch.exp(-torch.arange(dim) / 44)
+    return torch.nn.functional.normalize(draw, dim=-1).half()
+
+
 def build(path: Path, count: int) -> Store:
     """Write the store."""
     store = Store.open(path)
     torch.manual_seed(0)
     text = load_text_encoder(EncoderSettings().text)
     aligner = Aligner(text.dim, {Modality.IMAGE: WIDTH}, AlignerSettings()).eval()
-    bank = torch.randn(aligner.settings.bank, aligner.dim - 1)
-    aligner.bank = torch.nn.functional.normalize(bank, dim=-1).half()
+    aligner.bank = _bank(aligner.settings.bank, aligner.dim - 1)
     some = np.concatenate([embeddings(first, SHARD) for first in range(0, _FITTED, SHARD)])
     x = aligner.item_vectors({Modality.IMAGE: some})
     quantizer, metrics = fit_quantizer(x, np.zeros(len(x), np.int64), QuantizerSettings(epochs=0, kmeans_iterations=5))

@@ -3,53 +3,53 @@ the frozen aligner and codebooks, and comes back as rows of a segment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.config import ComputeSettings, SplitSettings
-from ace_core.features import embeddings_of, training_captions
+from ace_core.features import embeddings_of
 from ace_core.items import MODALITIES, Modality
+from ace_core.known_captions import KnownCaptions
 from ace_core.manifest import Manifest
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.segment_writer import segment_rows
 from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
-from pipelines.generated import with_generated
+from pipelines.generated import beside, latest_generated
 from pipelines.texts import CaptionFeatures
 
 _READERS = 8  # files of a listing that are read at once
+_GROUP = 128  # files of a listing that are in memory at once
 
 
-@dataclass(frozen=True)
-class ItemListing:
-    """A features part without its embeddings.
+def item_groups(store: Store, features: Manifest, columns: list[str]) -> Iterator[list[tuple[str, pa.Table]]]:
+    """Some columns of all items, a few hundred files at a time: paths in the part with their rows, modalities in
+    order."""
+    read = partial(pq.read_table, columns=columns, filesystem=store.filesystem, partitioning=None)
+    files = feature_files(features)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(files), _GROUP):
+            group = files[first : first + _GROUP]
+            yield list(zip(group, pool.map(lambda f: read(store.path("features", features.id, f)), group)))
 
-    Attributes:
-        files: paths in the part, modalities in order.
-        items: n rows with the columns that were asked for, in the order of the files.
-        starts: (files + 1,) int64, where each file's rows begin.
-    """
 
-    files: tuple[str, ...]
-    items: pa.Table
-    starts: np.ndarray
-
-    @classmethod
-    def read(cls, store: Store, features: Manifest, columns: list[str]) -> ItemListing:
-        """Read some columns of all items."""
-        files = feature_files(features)
-        read = partial(pq.read_table, columns=columns, filesystem=store.filesystem, partitioning=None)
-        with ThreadPoolExecutor(_READERS) as pool:
-            tables = list(pool.map(lambda f: read(store.path("features", features.id, f)), files))
-        return cls(files, pa.concat_tables(tables), np.cumsum([0, *(t.num_rows for t in tables)]))
+def read_items(
+    store: Store, features: Manifest, columns: list[str], of: Callable[[pa.Table], pa.Table] | None = None
+) -> pa.Table:
+    """Some columns of all items in the order of their files, or what ``of`` makes of them, some 100,000 rows at a
+    time: what is in memory is its result."""
+    tables = []
+    for group in item_groups(store, features, columns):
+        rows = pa.concat_tables([table for _, table in group])
+        tables.append(rows if of is None else of(rows))
+    return pa.concat_tables(tables)
 
 
 def feature_files(features: Manifest) -> tuple[str, ...]:
@@ -126,18 +126,22 @@ def assign_identifiers(
     Args:
         ids: of the aligner and the quantizer.
         captions: what is known of captions; items get a share of those that they were trained with.
-        chosen: (n,) bool over the part's :class:`ItemListing`; None for all items.
+        chosen: (n,) bool over the part's items, as :func:`read_items` lists them; None for all items.
         stored: also keep 8-bit vectors.
     """
-    listing = ItemListing.read(store, features, ["item_id", "captions", "attributes"])
-    rows, texts = training_captions(with_generated(store, listing.items), split)
-    known = pc.index_in(texts, value_set=pa.array(captions.texts, pa.large_string()))
-    kept = known.is_valid().to_numpy(zero_copy_only=False)
-    rows, text_rows = rows[kept], known.drop_null().to_numpy()
-    bounds = np.searchsorted(rows, listing.starts)
+    known, generated = KnownCaptions(pa.array(captions.texts, pa.large_string()), split), latest_generated(store)
+    files: list[str] = []
+    counts: list[int] = []
+    for group in item_groups(store, features, ["item_id", "captions", "attributes"]):
+        files += [file for file, _ in group]
+        counts += [table.num_rows for _, table in group]
+        known.add(beside(pa.concat_tables([table for _, table in group]), generated))
+    starts = np.cumsum([0, *counts])
+    rows, text_rows = known.trained()
+    bounds = np.searchsorted(rows, starts)
     work: dict[str, list[object]] = {"path": [], "chosen": [], "captioned": [], "pooled": []}
-    for number, file in enumerate(listing.files):
-        start, end = listing.starts[number : number + 2]
+    for number, file in enumerate(files):
+        start, end = starts[number : number + 2]
         wanted = None if chosen is None else np.flatnonzero(chosen[start:end]).astype(np.int32)
         if wanted is not None and not len(wanted):
             continue
@@ -146,7 +150,7 @@ def assign_identifiers(
         work["chosen"].append(None if wanted is None else wanted.tobytes())
         work["captioned"].append((rows[here] - start).astype(np.int32).tobytes())
         work["pooled"].append(np.asarray(captions.pooled[text_rows[here]], np.float32).tobytes())
-    del listing, texts, rows, text_rows, known
+    del known, rows, text_rows
     yield from _on_ray(store, work, ids, compute, stored)
 
 

@@ -23,7 +23,7 @@ from ace_core.errors import AceError, MediaError, SettingsError
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import FileEntry, Manifest, fingerprint
 from ace_store import ItemReader, Store, open_location
-from pipelines.assign import ItemListing
+from pipelines.assign import read_items
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.generated import GENERATED_SCHEMA, read_generated
 from pipelines.progress import Reporter, duration
@@ -96,7 +96,7 @@ def caption_stage(settings: Settings, store: Store, reporter: Reporter) -> Manif
     """
     started = time.monotonic()
     features = store.latest("features")
-    items = ItemListing.read(store, features, COLUMNS).items
+    items = read_items(store, features, COLUMNS)
     bare = items.filter(pc.equal(pc.fill_null(pc.list_value_length(items.column("captions")), 0), 0))
     wanted = {m: bare.filter(pc.equal(bare.column("modality"), m.value)) for m in MODALITIES}
     present = [m for m in MODALITIES if wanted[m].num_rows and _model(settings, m) is not None]

@@ -19,7 +19,7 @@ from ace_core.errors import CorpusError, QueryError, StoreError
 from ace_core.segment import Segment, item_versions
 from ace_core.snapshot import Snapshot, SnapshotManifest
 from ace_store import Current, Store
-from pipelines.assign import ItemListing
+from pipelines.assign import read_items
 from pipelines.drift import measure_drift
 from pipelines.progress import Reporter
 from pipelines.publish import Models, commit, same_encoders, segment_part, snapshot_manifest
@@ -40,9 +40,8 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     models = Models.load(store, snapshot.manifest.models["generator"].id)
     same_encoders(store, features, store.latest("generator"))
     columns = ["item_id", "content_hash", "uri", "captions", "attributes"]
-    items = ItemListing.read(store, features, columns).items
+    wanted = read_items(store, features, columns, _versions)
     published = _published(snapshot)
-    wanted = pa.table({"item_id": items.column("item_id"), "version": item_versions(items)})
     _report_gone(published, wanted, reporter)
     place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
     same = pc.equal(wanted.column("version"), published.column("version").take(place))
@@ -52,7 +51,7 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     if not len(rows):
         reporter.say(f"snapshot {snapshot.id}: it has all of the corpus, nothing to add")
         return snapshot.manifest
-    chosen = np.zeros(items.num_rows, bool)
+    chosen = np.zeros(wanted.num_rows, bool)
     chosen[rows] = True
     segment = segment_part(store, features, models, chosen, settings, reporter)
     manifest = snapshot_manifest(
@@ -99,7 +98,7 @@ def remove_stage(
     leaving = np.zeros(len(published), bool)
     leaving[asked.to_numpy()] = True
     if gone:
-        wanted = ItemListing.read(store, store.latest("features"), ["item_id"]).items.column("item_id")
+        wanted = read_items(store, store.latest("features"), ["item_id"]).column("item_id")
         leaving |= ~pc.is_in(published.column("item_id"), value_set=wanted.combine_chunks()).to_numpy()
     if filters:
         passes = [segment.matching(filters) for segment in snapshot.segments]
@@ -176,6 +175,10 @@ def _with_tombstones(snapshot: Snapshot, published: pa.Table, leaving: np.ndarra
         segment.manifest.id: np.union1d(removed, row[number == i]).astype(np.int64)
         for i, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed))
     }
+
+
+def _versions(items: pa.Table) -> pa.Table:
+    return pa.table({"item_id": items.column("item_id"), "version": item_versions(items)})
 
 
 def _report_gone(published: pa.Table, wanted: pa.Table, reporter: Reporter) -> None:

@@ -31,10 +31,19 @@ def with_generated(store: Store, items: pa.Table) -> pa.Table:
     Args:
         items: n rows with ``item_id``.
     """
+    return beside(items, latest_generated(store))
+
+
+def latest_generated(store: Store) -> pa.Table | None:
+    """``item_id`` and ``captions`` of the latest captions part; None where there is none."""
     pointer = store.read_json("captions/LATEST")
     manifest = None if pointer is None else store.find("captions", str(pointer["id"]))
-    if manifest is None:
+    return None if manifest is None else read_generated(store, manifest.id).select(["item_id", "captions"])
+
+
+def beside(items: pa.Table, generated: pa.Table | None) -> pa.Table:
+    """Items with a column ``generated`` from :func:`latest_generated`; as they are where that is None."""
+    if generated is None:
         return items
-    table = read_generated(store, manifest.id)
-    place = pc.index_in(items.column("item_id"), value_set=table.column("item_id").combine_chunks())
-    return items.append_column("generated", table.column("captions").take(place))
+    place = pc.index_in(items.column("item_id"), value_set=generated.column("item_id").combine_chunks())
+    return items.append_column("generated", generated.column("captions").take(place))

@@ -23,6 +23,7 @@ from ace_core.features import (
     with_embeddings,
 )
 from ace_core.items import Modality
+from ace_core.known_captions import KnownCaptions
 
 
 def _rows(ids: list[str], modality: str, **columns: list[object]) -> pa.Table:
@@ -144,3 +145,28 @@ def test_sampling_queries_is_fixed_by_the_seed() -> None:
 
 def _ids(rows: np.ndarray) -> list[str]:
     return [[str(i) for i in range(300)][row] for row in rows]
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("batch", [1, 7, 400])
+def test_known_captions_are_those_that_are_trained_on(named: bool, batch: int) -> None:
+    rng = np.random.default_rng(batch)
+    few = [f"text {i}" for i in range(300)]  # many items share one
+    captions = [[few[i] for i in rng.integers(0, 300, rng.integers(0, 4))] for _ in range(400)]
+    captions[5] = ["own", "twice", "twice"]
+    table = _rows([f"item-{i}" for i in range(400)], "image", captions=captions)
+    if named:  # only the last ones say so
+        splits = [{}] * 300 + [{"split": ("train", "val", "test")[i % 3]} for i in range(100)]
+        table = table.set_column(4, "attributes", pa.array([json.dumps(s) for s in splits]))
+    generated = [[few[i] for i in rng.integers(0, 300, 2)] if i % 2 else None for i in range(400)]
+    table = table.append_column("generated", pa.array(generated, pa.list_(pa.string())))
+    for settings in (SplitSettings(fraction=0.3), SplitSettings(keep_one_caption=False)):
+        pairs = split_of(table, settings).train_pairs
+        encoded = [*few[::2], "own", "twice"]
+        expected = [(row, text) for row, text in zip(pairs.rows.tolist(), pairs.texts) if text in encoded]
+        known = KnownCaptions(pa.array(encoded, pa.large_string()), settings)
+        for first in range(0, 400, batch):
+            known.add(table.slice(first, batch))
+        rows, texts = known.trained()
+        assert list(zip(rows.tolist(), (encoded[i] for i in texts))) == expected and len(expected) > 50
+    assert len(KnownCaptions(pa.array([], pa.large_string()), SplitSettings()).trained()[0]) == 0
