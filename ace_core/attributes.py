@@ -19,6 +19,7 @@ FilterValue = str | int | float | bool | Sequence[str | int | float | bool] | Ma
 
 _COMPARE = {"gte": pc.greater_equal, "gt": pc.greater, "lte": pc.less_equal, "lt": pc.less}
 _MAX_FACET_VALUES = 50
+_KINDS = {"int64": "whole numbers", "double": "numbers", "bool": "true and false", "string": "texts"}
 
 
 def attribute_types(rows: pa.Array) -> dict[str, pa.DataType]:
@@ -135,20 +136,42 @@ def matching(attributes: pa.StructArray, filters: Mapping[str, FilterValue]) -> 
         column = attributes.field(name)
         try:
             keep &= _matches(name, column, wanted)
-        except pa.ArrowException as e:
+        except pa.ArrowException:
             raise QueryError(
-                f"the filter value {wanted!r} cannot be compared with {column.type}",
+                f"the filter value {wanted!r} cannot be compared with {_KINDS.get(str(column.type), column.type)}",
                 where=f"filters.{name}",
-                remedy=str(e),
+                remedy=f"Give {name} a value, or a list of values, of that kind.",
             ) from None
     return keep
 
 
+def check_names(filters: Mapping[str, FilterValue], columns: Sequence[pa.StructType]) -> None:
+    """A misspelt attribute must not look like a corpus without such items.
+
+    Raises:
+        QueryError: a filter names an attribute that no column has, and does not ask for its absence.
+    """
+    known = {field.name for column in columns for field in column}
+    for name, wanted in filters.items():
+        if name not in known and not _asks_for_absence(wanted):
+            raise QueryError(
+                f"no item has an attribute {name!r}",
+                where=f"filters.{name}",
+                remedy=f"There are {', '.join(sorted(known))}." if known else "The corpus has no attributes.",
+            )
+
+
 def _passes_without(name: str, wanted: FilterValue) -> bool:
     """Whether an item that lacks the attribute passes."""
+    if isinstance(wanted, Mapping):
+        _check_operators(name, wanted)
+    return _asks_for_absence(wanted)
+
+
+def _asks_for_absence(wanted: FilterValue) -> bool:
+    """Whether items that lack the attribute, and only those, pass: ``{"exists": false}``."""
     if not isinstance(wanted, Mapping):
         return False
-    _check_operators(name, wanted)
     return bool(wanted) and all(operator == "exists" and not value for operator, value in wanted.items())
 
 

@@ -395,7 +395,7 @@ def _readable(error: ValidationError, where: str) -> SettingsError:
     location = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.75)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
         return SettingsError(f"unknown setting {location!r}", where=where, remedy=hint)
     found = f"{location}: {first['msg']}" if location else first["msg"]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
-from ace_core.attributes import FilterValue
+from ace_core.attributes import FilterValue, check_names
 from ace_core.config import LimitSettings, SearchSettings
 from ace_core.decoding import Candidates, search_candidates
 from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, load_text_encoder
@@ -169,7 +170,10 @@ class Retriever:
                 beam=beam,
             )
             kept = [requests[number].k or self.settings.k for number in numbers]
-            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept)):
+            beyond = None
+            if any(requests[number].filters for number in numbers):
+                beyond = self._mass_unfiltered(model, batch, [requests[number] for number in numbers], mode, beam)
+            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, beyond)):
                 answers[number] = hits
         return answers
 
@@ -255,6 +259,7 @@ class Retriever:
         if key in self._masks:
             self._masks.move_to_end(key)
             return self._masks[key]
+        check_names(request.filters, [run.type for s in self.snapshot.segments for run in s.attributes])
         masks: list[ItemMask | None] = []
         for segment, removed in zip(self.snapshot.segments, self.snapshot.removed):
             allowed = np.ones(len(segment), bool)
@@ -269,15 +274,40 @@ class Retriever:
             self._masks.popitem(last=False)
         return masks
 
-    def _rank(self, refined: torch.Tensor, candidates: Candidates, kept: Sequence[int]) -> list[list[Hit]]:
+    def _mass_unfiltered(
+        self, model: ReadOnce, batch: QueryBatch, requests: Sequence[SearchRequest], mode: Mode, beam: int
+    ) -> np.ndarray:
+        """(n,) log-mass of the scores that each query finds without its filters: what a filter leaves is no better a
+        match for being alone. -inf where there is no filter."""
+        found = search_candidates(
+            model,
+            batch,
+            self._walk,
+            [self._item_masks(replace(request, filters={})) for request in requests],
+            settings=self.settings.model_copy(update={"mode": "one-shot" if self.settings.rerank else mode}),
+            beam=beam,
+        )
+        filtered = np.array([bool(request.filters) for request in requests])
+        score, _ = self._scored(model.vector, found)
+        return np.where(filtered, np.logaddexp.reduce(score, axis=1, initial=-np.inf), -np.inf)
+
+    def _scored(self, refined: torch.Tensor, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and similarities (n, c) of candidates."""
+        similar = similarity(refined.float().cpu().numpy(), candidates, self._galleries, self._quantizer)
+        return self._ranking.score(candidates.log_prob, similar, candidates.valid), similar
+
+    @property
+    def _ranking(self) -> Ranker:
+        return self._ranker if self.settings.rerank else GENERATOR_ONLY
+
+    def _rank(
+        self, refined: torch.Tensor, candidates: Candidates, kept: Sequence[int], beyond: np.ndarray | None
+    ) -> list[list[Hit]]:
         """The best ``kept`` candidates of each query as hits, by the ranker's score."""
         if not candidates.valid.any():
             return [[] for _ in kept]
-        queries = refined.float().cpu().numpy()
-        similar = similarity(queries, candidates, self._galleries, self._quantizer)
-        ranker = self._ranker if self.settings.rerank else GENERATOR_ONLY
-        score = ranker.score(candidates.log_prob, similar, candidates.valid)
-        probability = ranker.probability(score, similar)
+        score, similar = self._scored(refined, candidates)
+        probability = self._ranking.probability(score, similar, beyond)
         order = np.argsort(-score, axis=1, kind="stable")
         chosen = [
             (number, int(column))

@@ -231,7 +231,8 @@ def search(
         list[str] | None, typer.Option("--modality", "-m", help="image, audio or video; may be repeated.")
     ] = None,
     where: Annotated[
-        list[str] | None, typer.Option("--where", metavar="NAME=VALUE", help="Only items with this attribute.")
+        list[str] | None,
+        typer.Option("--where", metavar="NAME=VALUE", help="Only such items; or 'year={gte: 10}'."),
     ] = None,
     json_output: JsonOption = False,
     config: ConfigOption = None,

@@ -42,7 +42,11 @@ def parse_filters(conditions: list[str]) -> dict[str, Any]:
     for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
-            raise QueryError(f"{condition!r} is not NAME=VALUE", where="--where")
+            raise QueryError(
+                f"{condition!r} is not NAME=VALUE",
+                where="--where",
+                remedy="Write year=2010, 'year={gte: 2010}' or 'year=[2010, 2011]'.",
+            )
         filters[name.strip()] = yaml.safe_load(value)
     return filters
 

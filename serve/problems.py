@@ -78,9 +78,18 @@ def overloaded(retry_after: int) -> ProblemError:
 def invalid_request(errors: list[dict]) -> ProblemError:
     """The problem of a request that does not match its schema: the first error, in words."""
     first = errors[0]
+    if first.get("type") == "json_invalid" and "body" in first.get("loc", ()):
+        why = first.get("ctx", {}).get("error", "malformed")
+        return ProblemError(
+            400, "bad request", f"the body is not JSON ({why})", remedy="See /openapi.json for examples."
+        )
+    if not first.get("loc", ("body",))[1:] and first.get("type") == "model_attributes_type":
+        return ProblemError(
+            422, "bad request", "the body was not sent as JSON", remedy="Send it with Content-Type: application/json."
+        )
     where = ".".join(str(part) for part in first.get("loc", ()) if part != "body")
     found = str(first.get("msg", "malformed"))
-    if "input" in first and first.get("type") not in ("missing", "json_invalid"):
+    if "input" in first and first.get("type") != "missing":
         found += f" (found {_short(first['input'])})"
     return ProblemError(422, "bad request", found, where=where, remedy="See /openapi.json for examples.")
 

@@ -91,9 +91,10 @@ def test_the_accelerators_walk_answers_the_same(tiny: TinyStore, mode: str) -> N
     plain = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text)
     tensors = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text, device="cpu:0")
     assert type(plain._walk) is not type(tensors._walk)
-    for filters in ({}, {"parity": "odd"}, {"number": 123}, {"nothing": 1}):
+    none = {"number": {"exists": False}}
+    for filters, expected in (({}, 10), ({"parity": "odd"}, 10), ({"number": 123}, 1), (none, 0)):
         for a, b in zip(plain.search(TEXTS, filters=filters), tensors.search(TEXTS, filters=filters)):
-            assert len(a) == len(b) == {"number": 1, "nothing": 0}.get("".join(filters), 10)
+            assert len(a) == len(b) == expected
             np.testing.assert_allclose([_score(h) for h in a], [_score(h) for h in b], atol=1e-3)
             assert {h.item_id for h in a} == {h.item_id for h in b}
 
@@ -136,7 +137,22 @@ def test_filters_and_modalities_are_exact(tiny: TinyStore) -> None:
     only = retriever.search(TEXTS[:1], filters={"number": 123})[0]
     assert [h.item_id for h in only] == ["item-0123"]
     assert retriever.search(TEXTS[:1], filters={"number": 123}, modality="audio")[0] == []
-    assert retriever.search(TEXTS[:1], filters={"nothing": "here"}) == [[]]
+    assert retriever.search(TEXTS[:1], filters={"number": {"exists": False}}) == [[]]
+    with pytest.raises(QueryError, match="no item has an attribute 'nothing'"):
+        retriever.search(TEXTS[:1], filters={"nothing": "here"})
+    assert len(wide.search(TEXTS[:1], filters={"nothing": {"exists": False}})[0]) == 10
+
+
+@pytest.mark.parametrize("mode", ["beam", "one-shot"])
+def test_being_the_only_one_left_makes_no_better_match(tiny: TinyStore, mode: str) -> None:
+    retriever = _open(tiny, mode=mode, draft=300, k=300)
+    everything = {h.item_id: h.score for h in retriever.search(TEXTS[:1])[0]}
+    for number in (7, 123, 250):
+        (only,) = retriever.search(TEXTS[:1], filters={"number": number})[0]
+        assert only.score == pytest.approx(everything[only.item_id], abs=2e-2)
+    alone = retriever.search_batch([SearchRequest(text=TEXTS[0], filters={"number": 7}), SearchRequest(text=TEXTS[0])])
+    assert alone[0][0].score == pytest.approx(everything["item-0007"], abs=2e-2)
+    assert [h.score for h in alone[1]] == pytest.approx(list(everything.values()), abs=1e-6)
 
 
 def test_removed_items_are_gone(tiny: TinyStore) -> None:

@@ -183,7 +183,9 @@ def test_a_bad_request_says_where(http: TestClient, body: dict, where: str) -> N
 
 
 def test_a_body_that_is_not_json_is_a_problem(http: TestClient) -> None:
-    _problem(http.post("/v1/search", content=b"{text:", headers={"Content-Type": "application/json"}), 422)
+    _problem(http.post("/v1/search", content=b"{text:", headers={"Content-Type": "application/json"}), 400)
+    untyped = _problem(http.post("/v1/search", content=b'{"text": "x"}', headers={"Content-Type": "text/plain"}), 422)
+    assert "application/json" in untyped["remedy"]
     _problem(http.post("/v1/search/by-example", content=b"\xff\xfe", headers={"Content-Type": "application/json"}), 422)
     _problem(http.get("/v1/nothing"), 404)
     _problem(http.put("/v1/search"), 405)
