@@ -89,12 +89,20 @@ def _posterior_logit(score: np.ndarray, beyond: np.ndarray | None = None) -> np.
     return np.minimum(log_p - np.log(-np.expm1(log_p)), 10.0)
 
 
+def even_weights(kind: np.ndarray) -> np.ndarray:
+    """(n,) weights of mean 1 under which queries of each kind (n,) bool weigh the same in all; ones where there is
+    one kind only."""
+    share = kind.mean() if len(kind) else 0.0
+    return np.ones(len(kind)) if share in (0.0, 1.0) else np.where(kind, 0.5 / share, 0.5 / (1 - share))
+
+
 def fit_ranker(
     log_prob: np.ndarray,
     similarity: np.ndarray,
     right: np.ndarray,
     *,
     valid: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
     start: Ranker | None = None,
 ) -> Ranker:
     """Learn the weights, the calibration and the threshold on validation queries.
@@ -106,10 +114,12 @@ def fit_ranker(
     Args:
         log_prob, similarity: (n, c) as in :class:`Ranker`.
         right, valid: (n, c) bool.
+        weight: (n,) of the queries, of mean 1; by default all weigh the same.
         start: weights to start from; returned unchanged when no query has its item among its candidates.
     """
     start = start or Ranker()
     valid = np.ones(right.shape, bool) if valid is None else valid
+    weight = np.ones(len(right)) if weight is None else weight
     right = right & valid
     usable = right.any(1)
     if not usable.any():
@@ -118,7 +128,7 @@ def fit_ranker(
     x = torch.from_numpy(np.stack(columns, -1)).double()
     mask = torch.from_numpy(valid[usable])
     target = torch.from_numpy(right[usable]).double()
-    target = target / target.sum(1, keepdim=True)
+    target = target / target.sum(1, keepdim=True) * torch.from_numpy(weight[usable])[:, None]
     spread = x[mask].std(0).clamp_min(1e-6)
     first = torch.tensor([max(start.generator, 0.1), max(start.similarity, 1.0)], dtype=torch.float64)
     raw = (first * spread).log().requires_grad_()
@@ -129,11 +139,17 @@ def fit_ranker(
 
     _minimise([raw], loss)
     weights = (raw.detach().exp() / spread).tolist()
-    return _calibrated(replace(start, generator=weights[0], similarity=weights[1]), log_prob, similarity, right, valid)
+    ranker = replace(start, generator=weights[0], similarity=weights[1])
+    return _calibrated(ranker, log_prob, similarity, right, valid, weight)
 
 
 def _calibrated(
-    ranker: Ranker, log_prob: np.ndarray, similarity: np.ndarray, right: np.ndarray, valid: np.ndarray
+    ranker: Ranker,
+    log_prob: np.ndarray,
+    similarity: np.ndarray,
+    right: np.ndarray,
+    valid: np.ndarray,
+    weight: np.ndarray,
 ) -> Ranker:
     scores = ranker.score(log_prob, similarity, valid)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :_FOUND_WITHIN]
@@ -141,13 +157,14 @@ def _calibrated(
     columns = [np.take_along_axis(f, order, 1)[kept] for f in (_posterior_logit(scores), similarity)]
     x = torch.from_numpy(np.stack(columns, -1)).double()
     y = torch.from_numpy(np.take_along_axis(right, order, 1)[kept]).double()
+    weights = torch.from_numpy(np.broadcast_to(weight[:, None], kept.shape)[kept].astype(np.float64))
     centre, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     z = (x - centre) / spread
     slope = torch.ones(2, dtype=torch.float64, requires_grad=True)
     offset = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def loss() -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(z @ slope + offset, y) + 1e-4 * slope.square().sum()
+        return F.binary_cross_entropy_with_logits(z @ slope + offset, y, weights) + 1e-4 * slope.square().sum()
 
     _minimise([slope, offset], loss)
     a, b = (slope.detach() / spread).tolist()

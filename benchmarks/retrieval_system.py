@@ -27,7 +27,7 @@ from ace_core.items import MODALITIES
 from ace_core.manifest import fingerprint
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.query import QueryBatch
-from ace_core.ranking import Ranker, fit_ranker
+from ace_core.ranking import Ranker, even_weights, fit_ranker
 from ace_core.scoring import Gallery, StoredVectors, similarity
 from ace_core.walk import Walk
 from benchmarks.retrieval_data import DataSet, TextTable
@@ -193,7 +193,7 @@ class System:
         if len(captions):
             at = self._validation()
             batches = [self.batch(at[i : i + _QUERIES_AT_ONCE]) for i in range(0, len(at), _QUERIES_AT_ONCE)]
-            choose_refinement(self.model, batches, world.data.rows[at], vectors)
+            choose_refinement(self.model, batches, world.data.rows[at], vectors, weight=self._weights(at))
         self.ranker = Ranker(generator=0.0, similarity=scale)
         self._found: tuple[object, tuple[Candidates, np.ndarray, np.ndarray]] | None = None
 
@@ -202,6 +202,11 @@ class System:
         at = self.world.validation[self.world.present[self.world.data.rows[self.world.validation]]]
         most = min(_RANKING_QUERIES, 2 * len(self.world.unseen.at))
         return at[:: max(1, len(at) // most)]
+
+    def _weights(self, at: np.ndarray) -> np.ndarray:
+        """Queries for trained items and for others weigh the same, as in the product."""
+        rows = self.world.data.rows
+        return even_weights(np.isin(rows[at], rows[self.world.train]))
 
     def batch(self, at: np.ndarray) -> QueryBatch:
         mask = self.world.text.mask[at]
@@ -242,7 +247,9 @@ class System:
         at = self._validation()
         found, rows, similar = self.find(at, np.arange(len(self.vectors)), VERIFIED)
         right = self.right(rows, self.world.data.rows[at])
-        self.ranker = fit_ranker(found.log_prob, similar, right, valid=found.valid, start=self.ranker)
+        self.ranker = fit_ranker(
+            found.log_prob, similar, right, valid=found.valid, weight=self._weights(at), start=self.ranker
+        )
 
     def right(self, rows: np.ndarray, gold: np.ndarray) -> np.ndarray:
         """(n, c) bool: which found rows answer their query."""

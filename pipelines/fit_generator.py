@@ -93,6 +93,7 @@ def _fit(context: FitContext) -> dict[str, Any]:
             aligner=aligner,
             captions=captions,
             queries=validation_pairs(corpus.split),
+            trained=pairs.rows,
             vectors=vectors,
             codes=codes,
             settings=settings.search,

@@ -19,7 +19,7 @@ from ace_core.generator.refinement import choose_refinement
 from ace_core.identifiers import sort_order
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
-from ace_core.ranking import Ranker, fit_ranker
+from ace_core.ranking import Ranker, even_weights, fit_ranker
 from ace_core.retriever import RANKING_NAME
 from ace_core.scoring import Gallery, StoredVectors, similarity
 from ace_core.walk import Walk
@@ -53,6 +53,7 @@ def learn_ranking(
     aligner: Aligner,
     captions: CaptionFeatures,
     queries: Pairs,
+    trained: np.ndarray,
     vectors: np.ndarray,
     codes: np.ndarray,
     settings: SearchSettings,
@@ -64,6 +65,7 @@ def learn_ranking(
 
     Args:
         queries: captions of validation items, rows into ``vectors``.
+        trained: rows of items whose captions were trained on; queries for them and for others weigh the same.
         vectors: (N, D) float32, the whole corpus' items. codes: (N, levels), their identifiers.
         stored: similarities are measured with stored 8-bit vectors instead of rebuilt ones.
 
@@ -79,16 +81,17 @@ def learn_ranking(
     place[order] = np.arange(len(order))
     gold = place[queries.rows]
     refinement = float(generator.refinement)
+    weight = even_weights(np.isin(queries.rows, trained))
     if len(queries) >= MIN_QUERIES:
         batches = caption_batches(queries.texts, captions, aligner)
-        refinement = choose_refinement(generator, batches, queries.rows, vectors, seed=seed)
+        refinement = choose_refinement(generator, batches, queries.rows, vectors, weight=weight, seed=seed)
     refined, candidates = _search(generator, queries, captions, aligner, gallery, settings)
     if len(queries) < MIN_QUERIES:
         Ranker().save(folder / RANKING_NAME)
         return {"validation_queries": len(queries), "refinement": refinement}
     similar = similarity(refined, candidates, [gallery], quantizer)
     right = candidates.valid & (candidates.row == gold[:, None])
-    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid)
+    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid, weight=weight)
     ranker.save(folder / RANKING_NAME)
     score = ranker.score(candidates.log_prob, similar, candidates.valid)
     own = np.where(right, score, -np.inf).max(1)

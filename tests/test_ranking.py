@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ace_core.errors import StoreError
-from ace_core.ranking import Ranker, fit_ranker
+from ace_core.ranking import Ranker, even_weights, fit_ranker
 
 
 def queries(n: int = 400, c: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -46,6 +46,25 @@ def test_probabilities_are_calibrated_on_new_queries() -> None:
         inside = (probability >= low) & (probability <= high)
         assert probability[inside].mean() == pytest.approx(hit[inside].mean(), abs=0.1)
     assert hit[probability >= edges[3]].mean() > hit[probability <= edges[1]].mean() + 0.2
+
+
+def test_kinds_of_queries_weigh_the_same_however_many_there_are() -> None:
+    """One query in ten has its item among the candidates nearly always, the others seldom: asked evenly, half do."""
+    log_prob, similarity, right = queries(n=2000, seed=3)
+    easy = np.arange(2000) % 10 == 0
+    weight = even_weights(easy)
+    assert weight[easy].sum() == pytest.approx(1000) and weight.mean() == pytest.approx(1)
+    assert np.array_equal(even_weights(np.zeros(5, bool)), np.ones(5))
+    hard = ~easy & (np.arange(2000) % 3 > 0)
+    right[hard] = False
+    mean = {}
+    for name, w in (("as many", None), ("evenly", weight)):
+        ranker = fit_ranker(log_prob, similarity, right, weight=w)
+        score = ranker.score(log_prob, similarity)
+        mean[name] = np.average(ranker.probability(score, similarity).max(1), weights=weight)
+    best = fit_ranker(log_prob, similarity, right).score(log_prob, similarity).argmax(1)
+    truth = np.average(right[np.arange(2000), best], weights=weight)
+    assert abs(mean["evenly"] - truth) < abs(mean["as many"] - truth)
 
 
 def test_probabilities_keep_the_order_of_scores() -> None:

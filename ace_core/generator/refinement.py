@@ -22,7 +22,13 @@ _MOST_ITEMS = 20_000  # items that a validation query's own competes with
 
 @torch.inference_mode()
 def choose_refinement(
-    generator: Generator, queries: Iterable[QueryBatch], gold: np.ndarray, items: np.ndarray, *, seed: int = 0
+    generator: Generator,
+    queries: Iterable[QueryBatch],
+    gold: np.ndarray,
+    items: np.ndarray,
+    *,
+    weight: np.ndarray | None = None,
+    seed: int = 0,
 ) -> float:
     """Set ``generator.refinement`` to the share with the best mean reciprocal rank of the queries' own items (the
     smallest of equals); returns it.
@@ -31,6 +37,7 @@ def choose_refinement(
         queries: validation queries, in batches.
         gold: (n,) rows of ``items``, each query's own.
         items: (N, D) float32 item vectors, as they are indexed; a sample of them competes where there are many.
+        weight: (n,) of the queries, of mean 1; by default all weigh the same.
     """
     pairs = [(batch.vector, generator.correction(batch).float()) for batch in queries]
     if not len(gold):
@@ -44,11 +51,12 @@ def choose_refinement(
         rows = np.arange(len(items))
     target = torch.from_numpy(np.searchsorted(rows, gold))
     table = torch.from_numpy(np.ascontiguousarray(items[rows], np.float32)).T
+    weights = torch.ones(len(gold)).double() if weight is None else torch.from_numpy(weight)
     found = {}
     for share in _SHARES:
         similar = unit_query(vector + share * correction) @ table
         own = similar.gather(1, target[:, None])
-        found[share] = float((1 / (1 + (similar > own).sum(1))).double().mean())
+        found[share] = float((weights / (1 + (similar > own).sum(1))).mean())
     best = max(_SHARES, key=lambda share: found[share])
     generator.refinement.fill_(best)
     return best
