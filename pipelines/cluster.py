@@ -173,7 +173,7 @@ def map_rows(
     Raises:
         AceError: what the class raised, or that its actors keep dying.
     """
-    import ray
+    from ray.data.read_api import from_blocks
     from ray.exceptions import RayTaskError
 
     block = batch_size * max(1, min(BLOCK_BATCHES, work.num_rows // (batch_size * pool.count * 4)))
@@ -185,7 +185,8 @@ def map_rows(
         # Small blocks: the pool stays busy to the end, and results come steadily.
         blocks = [todo.slice(i, block) for i in range(0, todo.num_rows, block)]
         actors = replace(pool, count=min(pool.count, len(blocks)))
-        dataset = _on_actors(ray.data.from_arrow(blocks), actors, batch_size, (transform, args, kwargs))
+        # Not from_arrow, which starts a worker process to ask it how long each table is.
+        dataset = _on_actors(from_blocks(blocks), actors, batch_size, (transform, args, kwargs))
         try:
             for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):
                 if _REFUSED in result:

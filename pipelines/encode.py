@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,11 +86,12 @@ class EncodeItems:
         import torch
 
         from ace_core.encoders import load_media_encoder
+        from ace_core.encoders.batching import MOST, BatchTrial
 
         torch.set_num_threads(threads)
         self._encoder = load_media_encoder(modality, encoder, limits, device)
-        self._device = device
-        self._batch = encoder.batch_size
+        self._batch = encoder.batch_size if isinstance(encoder.batch_size, int) else None
+        self._trial = BatchTrial(MOST[device])
         self._reader = ItemReader(open_location(corpus))
         self._limits = limits
         self._overlap = segments.overlap if segments else 0.0
@@ -188,41 +190,47 @@ class EncodeItems:
             raise MediaError("unreadable", f"the file cannot be read ({e})") from None
 
     def _encode(self, items: list[_Loaded]) -> None:
-        """Encode decoded items, in batches of a size that is tried out with the first ones where none is set."""
-        if not items:
-            return
+        """Encode decoded items, in batches of the set size, or of the one that the trial is at."""
         with self._encoding:
-            size = self._batch if isinstance(self._batch, int) else self._tried([one.decoded for one in items])
-            for first in range(0, len(items), size):
+            first = 0
+            while first < len(items):
+                size = self._batch or self._trial.size
                 self._encode_batch(items[first : first + size])
-
-    def _tried(self, decoded: list[Any]) -> int:
-        from ace_core.encoders.batching import MOST, best_batch
-
-        try:
-            self._batch = best_batch(self._encoder.encode, decoded, MOST[self._device])
-        except Exception:  # one of them is bad, which _encode_batch finds out: the next ones are tried with
-            return len(decoded)
-        return self._batch
+                first += size
 
     def _encode_batch(self, items: list[_Loaded]) -> None:
-        items = [one for one in items if one.decoded is not None]
-        if not items:
-            return
+        began = time.perf_counter()
         try:
-            for one, vector in zip(items, self._encoder.encode([one.decoded for one in items])):
+            vectors = self._encoder.encode([one.decoded for one in items])
+            self._trial.ran(len(items), time.perf_counter() - began)
+            for one, vector in zip(items, vectors):
                 one.embedding = vector.astype(np.float16)
         except Exception as e:
-            if len(items) > 1:  # one of them is the cause: the others shall not suffer for it
+            if len(items) == 1:
+                items[0].fail(e)
+            elif _out_of_memory(e):
+                self._trial.too_large(len(items))
+                for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+                    self._encode_batch(half)
+                return
+            else:  # one of them is the cause: the others shall not suffer for it
                 for one in items:
                     self._encode_batch([one])
                 return
-            items[0].fail(e)
         for one in items:
             one.decoded = None
             if one.embedding is not None and not (np.isfinite(one.embedding).all() and one.embedding.any()):
                 one.embedding = None
                 one.fail(MediaError("no-content", "the encoder finds nothing in it (its vector is zero or not finite)"))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return False
+    torch.cuda.empty_cache()
+    return True
 
 
 def _start(span: Span) -> float:

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings, load_settings
-from ace_core.encoders.batching import best_batch
+from ace_core.encoders.batching import BatchTrial
 from ace_core.errors import AceError, MediaError
 from ace_core.features import read_errors, read_features
 from ace_core.items import Modality
@@ -221,28 +221,28 @@ def test_the_sampling_is_part_of_what_an_encoder_is() -> None:
 # -- batches that are tried out ----------------------------------------------------------------------------------
 
 
-class _Device:
-    """Takes ``fixed`` + ``each`` n seconds for n inputs, by a clock of its own, and holds ``memory`` of them."""
+def _tried(fixed: float, each: float, most: int, memory: int = 10**9, inputs: int = 5000) -> list[int]:
+    """Sizes of the batches that a trial asks for: n inputs take a device ``fixed`` + ``each`` n seconds, and it holds
+    ``memory`` of them."""
+    trial, sizes = BatchTrial(most), []
+    while inputs > 0:
+        count = min(trial.size, inputs)
+        sizes.append(count)
+        if count > memory:
+            trial.too_large(count)
+            continue
+        trial.ran(count, (fixed + each * count) * (1 if len(sizes) > 1 else 100))
+        inputs -= count
+    return sizes
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fixed: float, each: float, memory: int = 10**9) -> None:
-        self.now, self.sizes, self._cost, self._memory = 0.0, [], (fixed, each), memory
-        monkeypatch.setattr("ace_core.encoders.batching.time.perf_counter", lambda: self.now)
 
-    def __call__(self, batch: object) -> None:
-        import torch
-
-        self.sizes.append(len(batch))  # type: ignore[arg-type]
-        if self.sizes[-1] > self._memory:
-            raise torch.OutOfMemoryError("no memory")
-        self.now += self._cost[0] + self._cost[1] * self.sizes[-1]
-
-
-def test_the_batch_grows_as_long_as_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_batch(_Device(monkeypatch, 0.0, 1.0), [1, 2, 3], 64) == 1  # nothing to share
-    assert best_batch(_Device(monkeypatch, 10.0, 1.0), [1, 2, 3], 1024) == 256  # 512 and 1024 bring 2 and 3 %
-    assert best_batch(_Device(monkeypatch, 1e6, 1.0), [1], 32) == 32  # the most that is allowed
-    small = _Device(monkeypatch, 1e6, 1.0, memory=20)
-    assert best_batch(small, [1], 1024) == 16 and max(small.sizes) == 32
+def test_the_batch_grows_as_long_as_it_pays() -> None:
+    assert _tried(0.0, 1.0, 64)[:8] == [1, 1, 2, 4, 1, 1, 1, 1]  # nothing to share
+    grown = _tried(10.0, 1.0, 1024)  # 512 and 1024 bring 2 and 3 %
+    assert grown[:12] == [1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024] and set(grown[12:-1]) == {256}
+    assert set(_tried(1e6, 1.0, 32)[8:-1]) == {32}  # the most that is allowed
+    small = _tried(1e6, 1.0, 1024, memory=20)
+    assert small[:8] == [1, 1, 2, 4, 8, 16, 32, 16] and set(small[8:-1]) == {16}
 
 
 class _Counting:
@@ -274,7 +274,29 @@ def test_the_encoder_gets_batches_of_the_size_that_was_set_or_found(tmp_path: Pa
     if batch_size == 3:
         assert counting.sizes == [3] * 23 + [1]
     else:
-        assert counting.sizes[:3] == [1, 1, 2] and max(counting.sizes) > 3  # the trial, then what it found
+        assert counting.sizes[:3] == [1, 1, 2] and max(counting.sizes) > 3 and sum(counting.sizes) == 70
+
+
+class _Narrow(_Counting):
+    """An encoder whose device holds three inputs."""
+
+    def encode(self, batch: list[bytes]) -> np.ndarray:
+        import torch
+
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return super().encode(batch)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}").write_text(str(i))
+    for batch_size in ("auto", 16):
+        settings = MediaEncoderSettings(kind="log-mel", batch_size=batch_size)  # type: ignore[arg-type]
+        transform = EncodeItems(Modality.AUDIO, settings, LIMITS, str(tmp_path), threads=1, device="cpu")
+        transform._encoder = narrow = _Narrow()  # type: ignore[assignment]
+        result = transform({"row": np.arange(20), "uri": np.array([f"{i}" for i in range(20)]), "bytes": np.ones(20)})
+        assert (result["cause"] == "").all() and max(narrow.sizes) == 2 and sum(narrow.sizes) == 20
 
 
 # -- files that kill the encoder's process -----------------------------------------------------------------------

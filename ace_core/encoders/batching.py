@@ -1,40 +1,47 @@
-"""How many inputs to encode together: a short trial, on the device and the inputs that there are."""
+"""How many inputs to encode together: found out while encoding, on the device and the inputs that there are."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-
 MOST = {"cpu": 64, "cuda": 1024}
 _WORTH = 1.1  # a batch twice as large is worth its memory if it is faster by this factor
+_MISSES = 2  # batches in a row that bring nothing, until the trial ends
 
 
-def best_batch(encode: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], most: int) -> int:
-    """The batch from which on a larger one brings no more inputs a second, or no longer fits the device's memory.
-
-    Batches of 1, 2, 4, ... are timed; two in a row that bring nothing end the trial.
+class BatchTrial:
+    """Batches of 1, 1, 2, 4, ... inputs, until larger ones bring no more inputs a second or no longer fit the device's
+    memory; from then on the size that was best. Nothing is encoded for the trial's sake.
 
     Args:
-        encode: is called with up to ``most`` inputs, those given again and again.
         most: the largest batch that may be tried.
     """
-    best, fastest, size, misses = 1, 0.0, 1, 0
-    encode(inputs[:1])  # what only the first call costs
-    while size <= most and misses < 2:
-        batch = [inputs[i % len(inputs)] for i in range(size)]
-        began = time.perf_counter()
-        try:
-            encode(batch)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        rate = size / (time.perf_counter() - began)
-        if rate >= _WORTH * fastest:
-            best, fastest, misses = size, rate, 0
+
+    def __init__(self, most: int) -> None:
+        self.size = 1
+        self._most = most
+        self._best, self._fastest = 1, 0.0
+        self._warm = self._over = False
+        self._misses = 0
+
+    def ran(self, count: int, seconds: float) -> None:
+        """Say how long a batch took. One that was not full (the last of its inputs) says nothing."""
+        if self._over or count < self.size:
+            return
+        if not self._warm:  # the first call costs what no other does
+            self._warm = True
+            return
+        rate = count / max(seconds, 1e-9)
+        if rate >= _WORTH * self._fastest:
+            self._best, self._fastest, self._misses = self.size, rate, 0
         else:
-            misses += 1
-        size *= 2
-    return best
+            self._misses += 1
+        if self._misses == _MISSES or 2 * self.size > self._most:
+            self._end(self._best)
+        else:
+            self.size *= 2
+
+    def too_large(self, count: int) -> None:
+        """Say that a batch did not fit the device's memory."""
+        self._end(max(1, min(self.size, count // 2)))
+
+    def _end(self, size: int) -> None:
+        self.size, self._over = size, True
