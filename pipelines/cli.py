@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,9 +50,18 @@ fit_app = typer.Typer(no_args_is_help=True, help="Fit the models: aligner, quant
 app.add_typer(fit_app, name="fit")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ace {version('ace-retrieval')}")
+        raise typer.Exit
+
+
 @app.callback()
 def on_cluster(
     context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
     address: Annotated[
         str | None,
         typer.Option(

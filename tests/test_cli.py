@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,10 @@ def test_mistakes_are_answered_with_a_remedy_and_an_exit_code(
     got, out, err = _run(capsys, *arguments)
     assert (got, said in err) == (code, True), err
     assert err.startswith("error: ") and "Traceback" not in err and out == ""
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(capsys, "--version") == (0, f"ace {version('ace-retrieval')}\n", "")
 
 
 def test_a_store_of_another_version_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
