@@ -26,6 +26,7 @@ from pipelines.generated import beside, latest_generated
 from pipelines.texts import CaptionFeatures
 
 _READERS = 8  # files of a listing that are read at once
+_TOGETHER = 4  # files that a worker gets at once
 _GROUP = 128  # files of a listing that are in memory at once
 
 
@@ -165,7 +166,8 @@ def _on_ray(
     ensure_ray(compute)
     pool = replace(encoder_pool(compute, most=table.num_rows), gpus=0)
     kwargs = {"stored": stored, "threads": pool.threads}
-    for result in map_rows(table, AssignIdentifiers, pool, 1, (store.uri, ids), kwargs):
+    together = max(1, min(_TOGETHER, table.num_rows // (4 * pool.count)))
+    for result in map_rows(table, AssignIdentifiers, pool, together, (store.uri, ids), kwargs):
         for rows, error in zip(result["rows"], result["error"]):
             yield Assigned(_from_bytes(rows), float(error))
 

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ace_core import errors
 from ace_core.config import ComputeSettings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # On an embedded Ray, two logical CPUs more than the machine has: Ray's own coordinating tasks (reads, controllers)
 # ask for CPUs that they hardly use, and a pipeline whose actors hold all of them never ends.
 SPARE_CPUS = 2
-BLOCK_BATCHES = 4  # batches in one task of an actor
+SUSPECTS = 8  # batches an actor that are tried row by row when actors keep dying
 MAX_DEATHS = 3  # times that actors may die with nothing done in between
 
 
@@ -152,7 +153,7 @@ def map_rows(
     work: pa.Table,
     transform: type,
     pool: Pool,
-    batch_size: int,
+    batch_size: int | Mapping[str, int],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
@@ -167,6 +168,8 @@ def map_rows(
 
     Args:
         work: has a column ``row`` 0..n-1, which ``transform`` must pass through (more than once if it likes).
+        batch_size: rows that a call gets; by ``kind`` where ``work`` has a column of that name, and no call gets two
+            kinds.
         args, kwargs: of the class.
         lost: rows (n,) and a reason to the result for them; None where no row may be lost.
 
@@ -176,17 +179,15 @@ def map_rows(
     from ray.data.read_api import from_blocks
     from ray.exceptions import RayTaskError
 
-    block = batch_size * max(1, min(BLOCK_BATCHES, work.num_rows // (batch_size * pool.count * 4)))
     left = np.ones(work.num_rows, bool)
     deaths, died = 0, False
     while left.any():
         before = int(left.sum())
-        todo = work.filter(pa.array(left))
-        # Small blocks: the pool stays busy to the end, and results come steadily.
-        blocks = [todo.slice(i, block) for i in range(0, todo.num_rows, block)]
+        # A block is a batch: the pool stays busy to the end, and results come steadily.
+        blocks = cut(work.filter(pa.array(left)), batch_size)
         actors = replace(pool, count=min(pool.count, len(blocks)))
         # Not from_arrow, which starts a worker process to ask it how long each table is.
-        dataset = _on_actors(from_blocks(blocks), actors, batch_size, (transform, args, kwargs))
+        dataset = _on_actors(from_blocks(blocks), actors, (transform, args, kwargs))
         try:
             for result in dataset.iter_batches(batch_size=None, batch_format="numpy"):
                 if _REFUSED in result:
@@ -203,7 +204,7 @@ def map_rows(
             deaths = deaths + 1 if int(left.sum()) == before else 1
             died_before, died = died, True
             if lost is not None and died_before:
-                suspects = work.filter(pa.array(left)).slice(0, 2 * actors.count * block)
+                suspects = pa.concat_tables(cut(work.filter(pa.array(left)), batch_size)[: SUSPECTS * actors.count])
                 for result in _one_by_one(suspects, pool, (transform, args, kwargs), lost):
                     left[result["row"]] = False
                     yield result
@@ -214,6 +215,14 @@ def map_rows(
                     where=f"{transform.__name__}, {int(left.sum()):,} of {work.num_rows:,} rows left",
                     remedy="Most often memory ran out: lower compute.encoders or the batch size, and run it again.",
                 ) from None
+
+
+def cut(work: pa.Table, batch_size: int | Mapping[str, int]) -> list[pa.Table]:
+    """The batches of :func:`map_rows`, in order."""
+    if isinstance(batch_size, int):
+        return [work.slice(i, batch_size) for i in range(0, work.num_rows, batch_size)]
+    kinds = [work.filter(pc.equal(work.column("kind"), kind)) for kind in batch_size]
+    return [batch for rows, size in zip(kinds, batch_size.values()) for batch in cut(rows, size)]
 
 
 def _one_by_one(rows: pa.Table, pool: Pool, made_of: tuple[Any, ...], lost: Lost) -> Iterator[dict[str, np.ndarray]]:
@@ -271,14 +280,15 @@ _REFUSED = "refused"  # column that carries an error of ours: Ray passes only th
 
 
 class _OnActor:
-    """Holds an instance of a class; an :class:`AceError` of its constructor is what every call answers."""
+    """Holds an instance of a class. An :class:`AceError` of a call is what it answers; one of the constructor is what
+    every call does."""
 
     def __init__(self, transform: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refused: str | None = None
         try:
             self._instance = transform(*args, **kwargs)
         except AceError as e:
-            self._refused = json.dumps([type(e).__name__, e.found, e.where, e.remedy])
+            self._refused = _packed(e)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.run(batch)
@@ -286,8 +296,15 @@ class _OnActor:
     def run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._refused is not None:
             return {_REFUSED: np.array([self._refused])}
-        result: dict[str, np.ndarray] = self._instance(batch)
+        try:
+            result: dict[str, np.ndarray] = self._instance(batch)
+        except AceError as e:
+            return {_REFUSED: np.array([_packed(e)])}
         return result
+
+
+def _packed(error: AceError) -> str:
+    return json.dumps([type(error).__name__, error.found, error.where, error.remedy])
 
 
 def _unpacked(packed: str) -> AceError:
@@ -296,7 +313,7 @@ def _unpacked(packed: str) -> AceError:
     return kind(found, where=where, remedy=remedy)
 
 
-def _on_actors(dataset: Dataset, pool: Pool, batch_size: int, args: tuple[Any, ...]) -> Dataset:
+def _on_actors(dataset: Dataset, pool: Pool, args: tuple[Any, ...]) -> Dataset:
     from ray.data import ActorPoolStrategy
 
     with warnings.catch_warnings():
@@ -305,7 +322,7 @@ def _on_actors(dataset: Dataset, pool: Pool, batch_size: int, args: tuple[Any, .
         return dataset.map_batches(
             _OnActor,
             fn_constructor_args=args,
-            batch_size=batch_size,
+            batch_size=None,
             # One actor is enough to go on with: after losing a node there may be no room for all of them.
             compute=ActorPoolStrategy(min_size=1, max_size=pool.count, initial_size=pool.count),
             num_cpus=pool.threads,

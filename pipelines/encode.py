@@ -61,6 +61,34 @@ class KnownEmbeddings:
         return vectors
 
 
+@dataclass(frozen=True)
+class ModalityWork:
+    """How the files of one modality are encoded."""
+
+    encoder: MediaEncoderSettings
+    known: KnownEmbeddings
+
+
+class EncodeCorpus:
+    """Encodes the files of several modalities in one process: an :class:`EncodeItems` at a time, that of the modality
+    whose files come. Work comes modality by modality, so that encoders are loaded once."""
+
+    def __init__(self, work: dict[Modality, ModalityWork], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._work, self._args, self._kwargs = work, args, kwargs
+        self._modality: Modality | None = None
+        self._items: EncodeItems | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As :meth:`EncodeItems.__call__`, for files of one modality, which ``kind`` (n,) names."""
+        modality = Modality(batch["kind"][0])
+        if self._items is None or modality is not self._modality:
+            self._items = None  # two encoders may not fit the memory
+            mine = self._work[modality]
+            self._items = EncodeItems(modality, mine.encoder, *self._args, **self._kwargs, known=mine.known)
+            self._modality = modality
+        return self._items(batch)
+
+
 class EncodeItems:
     """Reads, decodes and encodes the files of one modality. What fails becomes a row with its cause.
 

@@ -1,8 +1,8 @@
 """``ace ingest``: media to features, on Ray Data.
 
-The corpus is listed, what an earlier ingestion already encoded is carried over, and the rest streams through a pool
-of encoder actors, one modality after the other. Encoded rows come back to the driver, which writes them in shards;
-killed at any moment, the same command goes on after the last shard.
+The corpus is listed, what an earlier ingestion already encoded is carried over, and the rest streams through one pool
+of actors, modality by modality. Encoded rows come back to the driver, which writes them in shards; killed at any
+moment, the same command goes on after the last shard.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
-from pipelines.encode import EncodeItems, KnownEmbeddings
+from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork
 from pipelines.progress import Reporter, duration
 from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_files, item_rows, not_in, segment_id
 from pipelines.sources import Listing, list_corpus
@@ -51,8 +52,8 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
         store.set_latest("features", part_id)
         return manifest
     writer = PartWriter.resume(store, part_id, settings.corpus.shard_items, settings.corpus.shard_seconds)
-    for modality in present:
-        _ingest_modality(settings, writer, listing, modality, marks[modality], reporter)
+    left = [_left(writer, listing, modality, marks[modality], reporter) for modality in present]
+    _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], reporter)
     manifest = _seal(settings, writer, listing, identities, time.monotonic() - started, reporter)
     _summarise(manifest, store, reporter)
     return manifest
@@ -71,10 +72,18 @@ def encoder_mark(settings: Settings, modality: str, identity: str) -> str:
     return fingerprint(identity, seconds, settings.segments.overlap) if seconds else identity
 
 
-def _ingest_modality(
-    settings: Settings, writer: PartWriter, listing: Listing, modality: Modality, encoder: str, reporter: Reporter
-) -> None:
-    """Bring one modality to its end."""
+@dataclass(frozen=True)
+class _Left:
+    """What of one modality is still to be encoded: listed files, by an encoder, beside what is known by content."""
+
+    modality: Modality
+    encoder: str
+    files: pa.Table
+    known: KnownEmbeddings
+
+
+def _left(writer: PartWriter, listing: Listing, modality: Modality, encoder: str, reporter: Reporter) -> _Left:
+    """Take over what earlier runs did of a modality."""
     listed = listing.of(modality)
     missing = not_in(listed, writer.done_ids(modality))
     if missing.num_rows < listed.num_rows:
@@ -84,12 +93,18 @@ def _ingest_modality(
     if carried:
         reporter.say(f"{modality.value}: {carried:,} unchanged since the last ingestion")
         missing = not_in(missing, writer.done_ids(modality))
-    if not missing.num_rows:
+    return _Left(modality, encoder, missing, known)
+
+
+def _encode_left(settings: Settings, writer: PartWriter, corpus: str, left: list[_Left], reporter: Reporter) -> None:
+    """Encode all that is left, and write it."""
+    if not left:
         return
-    buffer = writer.buffer(modality, encoder)
+    buffers = {one.modality: writer.buffer(one.modality, one.encoder) for one in left}
+    names = ", ".join(one.modality.value for one in left)
     bad = 0
-    with reporter.step(f"encode {modality.value}", missing.num_rows) as step:
-        for rows, result in _encoded(settings, listing.root, modality, missing, known):
+    with reporter.step(f"encode {names}", sum(one.files.num_rows for one in left), "files") as step:
+        for modality, rows, result in _encoded(settings, corpus, left):
             good = np.flatnonzero(result["cause"] == "")
             failed = np.flatnonzero(result["cause"] != "")
             items = None
@@ -97,25 +112,34 @@ def _ingest_modality(
                 hashes = pa.array(result["content_hash"][good], pa.string())
                 start, end = (pa.array(result[name][good], from_pandas=True) for name in ("start", "end"))
                 items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good], start, end)
-            buffer.add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
+            buffers[modality].add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
             bad += len(failed)
             step.advance(len(np.unique(result["row"])), f"{bad:,} bad" if bad else "")
-        buffer.flush()
+        for buffer in buffers.values():
+            buffer.flush()
 
 
 def _encoded(
-    settings: Settings, corpus: str, modality: Modality, missing: pa.Table, known: KnownEmbeddings
-) -> Iterator[tuple[pa.Table, dict[str, np.ndarray]]]:
-    """Encode listed files on Ray; yields rows of ``missing`` with the results of :class:`EncodeItems` for them."""
+    settings: Settings, corpus: str, left: list[_Left]
+) -> Iterator[tuple[Modality, pa.Table, dict[str, np.ndarray]]]:
+    """Encode listed files on Ray; yields files of one modality with the results of :class:`EncodeItems` for them."""
     ensure_ray(settings.compute)
-    encoder = settings.encoders.media(modality)
-    together = encoder.batch_size if isinstance(encoder.batch_size, int) else FILES_TOGETHER[settings.compute.device]
-    pool = encoder_pool(settings.compute, most=-(-missing.num_rows // together))
-    work = missing.select(["uri", "bytes"]).append_column("row", pa.array(np.arange(missing.num_rows)))
-    kwargs = {"threads": pool.threads, "device": pool.device, "segments": settings.segments, "known": known}
-    args = (modality, encoder, settings.limits, corpus)
-    for result in map_rows(work, EncodeItems, pool, together, args, kwargs, lost=EncodeItems.lost):
-        yield missing.take(pa.array(result["row"])), result
+    files = pa.concat_tables([one.files for one in left])
+    work = files.select(["uri", "bytes"]).append_column("kind", files.column("modality"))
+    work = work.append_column("row", pa.array(np.arange(work.num_rows)))
+    encoders = {one.modality: settings.encoders.media(one.modality) for one in left}
+    default = FILES_TOGETHER[settings.compute.device]
+    together = {m.value: e.batch_size if isinstance(e.batch_size, int) else default for m, e in encoders.items()}
+    most = sum(-(-one.files.num_rows // together[one.modality.value]) for one in left)
+    pool = encoder_pool(settings.compute, most=most)
+    args = (
+        {one.modality: ModalityWork(encoders[one.modality], one.known) for one in left},
+        (settings.limits, corpus),
+        {"threads": pool.threads, "device": pool.device, "segments": settings.segments},
+    )
+    for result in map_rows(work, EncodeCorpus, pool, together, args, {}, lost=EncodeItems.lost):
+        rows = files.take(pa.array(result["row"]))
+        yield Modality(rows.column("modality")[0].as_py()), rows, result
 
 
 def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:

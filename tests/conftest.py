@@ -41,12 +41,11 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ingestion without Ray: its transform is called in this process, batch by batch."""
-    from pipelines.cluster import Pool
+    from pipelines.cluster import Pool, cut
 
     def map_rows(work, transform, pool, batch_size, args, kwargs, *, lost=None):  # type: ignore[no-untyped-def]
         instance = transform(*args, **kwargs)
-        for first in range(0, work.num_rows, batch_size):
-            batch = work.slice(first, batch_size)
+        for batch in cut(work, batch_size):
             yield instance({name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.column_names})
 
     monkeypatch.setattr("pipelines.ingest.ensure_ray", lambda compute: None)
