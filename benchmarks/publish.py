@@ -3,7 +3,8 @@
 The store is made here (one caption, three attributes and a 64-wide feature an item, in shards of 2,048 as `ace ingest`
 writes them; models of the default sizes), and published by a process of its own with its own embedded Ray. Counted is
 the memory of that process and all of Ray's (proportional set size), less what they take before they begin. The rival
-is the bare loop on one thread: read a shard, align, assign identifiers, keep nothing.
+is the bare loop on one thread: read a shard, align, assign identifiers, keep nothing. Of several sizes, growth is the
+memory that each further item takes.
 """
 
 from __future__ import annotations
@@ -159,9 +160,14 @@ def main() -> None:
     print(f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}; {args.encoders} workers of one thread")
     figures: dict[str, Any] = {}
     rows = []
+    before: tuple[int, float] | None = None
     for items in sizes:
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="ace-publish-") as folder:
             measured = measure(Path(folder), items, args.encoders)
+        if before is not None:  # what libraries take is the same for both
+            grown = measured["process_tree_peak_bytes"] - before[1]
+            measured["publish_growth_bytes_per_item"] = grown / (items - before[0])
+        before = items, measured["process_tree_peak_bytes"]
         rows += [(f"{items:,}", name, round(value, 2)) for name, value in measured.items()]
         figures |= {f"{name}_{items}": value for name, value in measured.items()}
         figures |= measured  # plain names: the largest
