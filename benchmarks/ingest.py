@@ -71,13 +71,18 @@ class Part:
     loops: int = 0  # how many of the runs, from the first on, are also made as bare loops; their results come last
 
 
+def whole_modality(folder: Path, name: str, count: int, encoders: int) -> list[str]:
+    """Settings that ingest so many files of a modality, which are made unless they are there."""
+    corpus = folder / f"only-{name}"
+    if not corpus.is_dir():
+        write_good(corpus, *(count if name == modality else 0 for modality in ("image", "audio", "video")))
+    store = folder / f"store-{name}-{encoders}"
+    return [f"corpus.path={corpus}", f"store={store}", f"compute.encoders={encoders}"]
+
+
 def overhead(folder: Path, sizes: dict[str, int]) -> Part:
     """Each modality by itself, against the bare loop."""
-    runs = []
-    for name, count in sizes.items():
-        corpus = folder / f"overhead-{name}"
-        write_good(corpus, *(count if name == modality else 0 for modality in ("image", "audio", "video")))
-        runs.append([f"corpus.path={corpus}", f"store={folder / f'store-{name}'}", "compute.encoders=2"])
+    runs = [whole_modality(folder, name, count, encoders=2) for name, count in sizes.items()]
 
     def figures(results: list[dict[str, Any]]) -> dict[str, float]:
         found, rows = {}, []
@@ -95,10 +100,7 @@ def overhead(folder: Path, sizes: dict[str, int]) -> Part:
 
 def scaling(folder: Path, count: int) -> Part:
     """The same pictures with one encoder and with two."""
-    corpus = folder / "scaling"
-    write_good(corpus, pictures=count, sounds=0, clips=0)
-    stores = [f"store={folder / f'store-scaling-{workers}'}" for workers in (1, 2)]
-    runs = [[f"corpus.path={corpus}", store, f"compute.encoders={workers}"] for workers, store in zip((1, 2), stores)]
+    runs = [whole_modality(folder, "image", count, encoders) for encoders in (1, 2)]
 
     def figures(results: list[dict[str, Any]]) -> dict[str, float]:
         rates = [result["steady_per_second"] for result in results]
@@ -176,11 +178,12 @@ def main() -> None:
         }
         made = [make() for name, make in makers.items() if name in parts]
         loops = run([settings for part in made for settings in part.runs[: part.loops]], bare=True)
-        # Quickly: one Ray for all of it. Otherwise each run by itself, so that none inherits another's memory.
-        every = [settings for part in made for settings in part.runs]
+        # What two parts ask for is made once. Quickly: one Ray for all of it. Otherwise each run by itself, so that
+        # none inherits another's memory.
+        every = list({tuple(settings): settings for part in made for settings in part.runs}.values())
         results = run(every) if quick else [run([settings])[0] for settings in every]
         for part in made:
-            mine, results = results[: len(part.runs)], results[len(part.runs) :]
+            mine = [results[every.index(settings)] for settings in part.runs]
             alone, loops = loops[: part.loops], loops[part.loops :]
             figures |= part.figures(mine + alone)
     write_figures(options.json, figures)
