@@ -6,11 +6,11 @@ from typing import Any
 
 from ace_core.config import Settings
 from ace_core.errors import CorpusError
-from ace_core.manifest import Manifest, fingerprint
+from ace_core.manifest import Manifest
 from ace_store import Store
 from pipelines.corpus import caption_pairs, captions_part, load_captions, load_corpus, validation_pairs
 from pipelines.progress import Reporter
-from pipelines.train import FitContext, run_fit
+from pipelines.train import FitContext, fit_part
 
 
 def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -30,23 +30,12 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
         )
     texts = captions_part(corpus, settings, store, reporter)
     inputs = {"features": features.id, "texts": texts.id}
-    chosen = {
-        "aligner": settings.aligner.model_dump(),
-        "split": settings.split.model_dump(),
-        "seed": settings.compute.seed,
-    }
-    part_id = fingerprint("aligner", inputs, chosen)
-    manifest = store.find("aligner", part_id)
-    if manifest is None:
-        with run_fit("aligner", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
-            manifest = store.upload_part(
-                folder, Manifest(kind="aligner", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
-            )
-        reporter.say(f"aligner {part_id}: trained on {metrics['captions']:,} captions, loss {metrics['loss']:.3f}")
-    else:
-        reporter.say(f"aligner {part_id}: nothing changed, nothing to do")
-    store.set_latest("aligner", part_id)
-    return manifest
+    chosen = {"aligner": settings.aligner.model_dump()}
+    return fit_part("aligner", _fit, inputs, chosen, settings, store, reporter, _said)
+
+
+def _said(metrics: dict[str, Any]) -> str:
+    return f"trained on {metrics['captions']:,} captions, loss {metrics['loss']:.3f}"
 
 
 def _fit(context: FitContext) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from ace_core.config import Settings
 from ace_core.errors import StoreError
-from ace_core.manifest import Manifest, fingerprint
+from ace_core.manifest import Manifest
 from ace_store import Store
 from pipelines.corpus import corpus_vectors, load_captions, load_corpus, validation_pairs
 from pipelines.progress import Reporter
-from pipelines.train import FitContext, run_fit
+from pipelines.train import FitContext, fit_part
 
 
 def fit_generator_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -25,25 +25,19 @@ def fit_generator_stage(settings: Settings, store: Store, reporter: Reporter) ->
     inputs = {**quantizer.inputs, "quantizer": quantizer.id}
     chosen = {
         "generator": settings.generator.model_dump(),
-        "split": settings.split.model_dump(),
         "vectors": settings.publish.vectors,  # the ranking is learned with the similarities that will be served
-        "seed": settings.compute.seed,
     }
-    part_id = fingerprint("generator", inputs, chosen)
-    manifest = store.find("generator", part_id)
-    if manifest is None:
-        with run_fit("generator", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
-            manifest = store.upload_part(
-                folder, Manifest(kind="generator", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
-            )
-        text = f"generator {part_id}: loss {metrics['loss']:.3f} after {metrics['steps']:,} steps"
-        if "validation_recall_10" in metrics:
-            text += f", recall@10 {100 * metrics['validation_recall_10']:.1f} % on validation queries"
-        reporter.say(text)
-    else:
-        reporter.say(f"generator {part_id}: nothing changed, nothing to do")
-    store.set_latest("generator", part_id)
-    return manifest
+    return fit_part("generator", _fit, inputs, chosen, settings, store, reporter, _said)
+
+
+def _said(metrics: dict[str, Any]) -> str:
+    text = f"loss {metrics['loss']:.3f} after {metrics['steps']:,} steps"
+    if "validation_recall_10" in metrics:
+        text += (
+            f", recall@10 {100 * metrics['validation_recall_10']:.1f} % on {metrics['validation_queries']:,} "
+            "validation queries"
+        )
+    return text
 
 
 def _fit(context: FitContext) -> dict[str, Any]:

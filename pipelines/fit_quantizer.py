@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from ace_core.config import Settings
-from ace_core.manifest import Manifest, fingerprint
+from ace_core.manifest import Manifest
 from ace_store import Store
 from pipelines.corpus import corpus_vectors, load_captions, load_corpus
 from pipelines.progress import Reporter
-from pipelines.train import FitContext, run_fit
+from pipelines.train import FitContext, fit_part
 
 
 def fit_quantizer_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -22,27 +22,16 @@ def fit_quantizer_stage(settings: Settings, store: Store, reporter: Reporter) ->
     """
     aligner = store.latest("aligner")
     inputs = {**aligner.inputs, "aligner": aligner.id}
-    chosen = {
-        "quantizer": settings.quantizer.model_dump(),
-        "split": settings.split.model_dump(),
-        "seed": settings.compute.seed,
-    }
-    part_id = fingerprint("quantizer", inputs, chosen)
-    manifest = store.find("quantizer", part_id)
-    if manifest is None:
-        with run_fit("quantizer", part_id, _fit, inputs, settings, store, reporter) as (folder, metrics):
-            manifest = store.upload_part(
-                folder, Manifest(kind="quantizer", id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
-            )
-        health = metrics["health"]
-        reporter.say(
-            f"quantizer {part_id}: identifiers of {len(health['perplexity']) + 1} tokens, cosine of rebuilt items "
-            f"{health['cosine']:.3f}, {100 * health['collision_rate']:.1f} % of items share an identifier"
-        )
-    else:
-        reporter.say(f"quantizer {part_id}: nothing changed, nothing to do")
-    store.set_latest("quantizer", part_id)
-    return manifest
+    chosen = {"quantizer": settings.quantizer.model_dump()}
+    return fit_part("quantizer", _fit, inputs, chosen, settings, store, reporter, _said)
+
+
+def _said(metrics: dict[str, Any]) -> str:
+    health = metrics["health"]
+    return (
+        f"identifiers of {len(health['perplexity']) + 1} tokens, cosine of rebuilt items {health['cosine']:.3f}, "
+        f"{100 * health['collision_rate']:.1f} % of items share an identifier"
+    )
 
 
 def _fit(context: FitContext) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ace_core.config import Settings
 from ace_core.errors import AceError, StoreError
-from ace_core.manifest import PartKind
+from ace_core.manifest import Manifest, PartKind, fingerprint
 from ace_store import Store
 from pipelines.cluster import ensure_ray, reraise, worker_pool
 from pipelines.progress import Reporter, Step
@@ -52,6 +52,39 @@ class FitContext:
 
 
 Fit = Callable[[FitContext], dict[str, Any]]
+
+
+def fit_part(
+    kind: Literal["aligner", "quantizer", "generator"],
+    fit: Fit,
+    inputs: dict[str, str],
+    chosen: dict[str, Any],
+    settings: Settings,
+    store: Store,
+    reporter: Reporter,
+    say: Callable[[dict[str, Any]], str],
+) -> Manifest:
+    """What every fit stage does: fit the part unless the store has it, and make it the latest.
+
+    Args:
+        fit: a function of a module.
+        inputs: ids of the parts it reads, by kind.
+        chosen: settings that change the model, beside the seed and the split, which all of them follow.
+        say: one sentence about the figures of a fit.
+    """
+    chosen = chosen | {"split": settings.split.model_dump(), "seed": settings.compute.seed}
+    part_id = fingerprint(kind, inputs, chosen)
+    manifest = store.find(kind, part_id)
+    if manifest is None:
+        with run_fit(kind, part_id, fit, inputs, settings, store, reporter) as (folder, metrics):
+            manifest = store.upload_part(
+                folder, Manifest(kind=kind, id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
+            )
+        reporter.say(f"{kind} {part_id}: {say(metrics)}")
+    else:
+        reporter.say(f"{kind} {part_id}: nothing changed, nothing to do")
+    store.set_latest(kind, part_id)
+    return manifest
 
 
 @contextmanager
