@@ -26,9 +26,19 @@ from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork
 from pipelines.progress import Reporter, duration
-from pipelines.shards import PartWriter, carry_over, earlier_parts, indexed_files, item_rows, not_in, segment_id
+from pipelines.shards import (
+    PartWriter,
+    carry_over,
+    earlier_parts,
+    indexed_files,
+    item_rows,
+    not_in,
+    segment_id,
+    some_errors,
+)
 from pipelines.sources import Listing, list_corpus
 
+SHOWN = 5  # bad files named in the terminal
 FILES_TOGETHER = {"cpu": 32, "cuda": 256}  # files that an encoder gets at once where it chooses its own batch
 
 
@@ -166,8 +176,10 @@ def _seal(
         causes.update(shard.errors)
     total = sum(items.values())
     if not total:
+        names = [name for shard in writer.shards for name in shard.files]
+        some = "".join(f", such as {_told(row)}" for row in some_errors(writer.store, writer.part_id, names, 1))
         raise CorpusError(
-            f"not one of {listing.items.num_rows:,} files can be used ({_counted(causes)})",
+            f"not one of {listing.items.num_rows:,} files can be used ({_counted(causes)}){some}",
             where=listing.root,
             remedy=f"The reasons are in {writer.path('errors')}.",
         )
@@ -219,7 +231,14 @@ def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
     if metrics["errors"]:
         total = sum(metrics["errors"].values())
         reporter.say(f"  {total:,} files could not be used: {_counted(Counter(metrics['errors']))}")
-        reporter.say(f"  the reasons are in {store.path('features', manifest.id, 'errors')}")
+        names = [name for name in manifest.files if name.startswith("errors/")]
+        for row in some_errors(store, manifest.id, names, SHOWN):
+            reporter.say(f"    {_told(row)}")
+        reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
+
+
+def _told(row: dict[str, str]) -> str:
+    return f"{row['uri']}: {row['cause']} ({row['detail']})"
 
 
 def _counted(causes: Counter[str]) -> str:

@@ -52,7 +52,7 @@ def status_table(store: Store) -> Table:
         table.add_row(
             "current" if manifest.id == current else "",
             manifest.id,
-            manifest.created_at,
+            f"{_born(manifest):%Y-%m-%d %H:%M} UTC",
             manifest.note,
             manifest.parent or "",
             ", ".join(f"{count:,} {name}" for name, count in manifest.items.items()),

@@ -55,6 +55,13 @@ class Step:
         elapsed = time.monotonic() - self._first_time
         return (self.done - self._first_done) / elapsed if elapsed > 0.5 and self.done > self._first_done else None
 
+    def under_way(self) -> str:
+        """:meth:`figures` of a step that has not ended."""
+        with self.lock:
+            if self.total and self.done >= self.total:
+                return f"{self.done:,}/{self.total:,} {self.unit}, finishing"
+            return self.figures()
+
     def figures(self) -> str:
         """For example "480/1500 items, 12.1 items/s, 1 min 24 s left, 2 errors"."""
         if self._first_time is None and not self.done:
@@ -135,7 +142,16 @@ class Reporter:
 
     @contextmanager
     def _lines(self, step: Step) -> Iterator[None]:
-        with _every(self._log_seconds, lambda: self.say(f"{step.name}: {step.figures()}")):
+        said = ""
+
+        def say() -> None:
+            nonlocal said
+            text = f"{step.name}: {step.under_way()}"
+            if text != said:
+                self.say(text)
+            said = text
+
+        with _every(self._log_seconds, say):
             yield
 
 

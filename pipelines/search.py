@@ -61,18 +61,15 @@ def print_hits(text: str, found: tuple[list[Hit], float], reporter: Reporter, *,
     if not hits:
         reporter.say("nothing in the corpus passes these filters")
         return
-    table = Table(title=f'"{text}"')
-    for name, justify in (
-        ("score", "right"),
-        ("kind", "left"),
-        ("item", "left"),
-        ("caption", "left"),
-        ("file", "left"),
-    ):
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    table = Table(title=f'"{text}"', title_justify="left")
+    table.add_column("score", justify="right")
+    names_files = any(hit.item_id != hit.uri for hit in hits)
+    for name in ("kind", "item", "caption", *(["file"] if names_files else [])):
+        table.add_column(name, overflow="fold")
     for hit in hits:
         caption = hit.captions[0] if hit.captions else ""
-        table.add_row(f"{hit.score:.2f}", hit.modality.value, hit.item_id, caption, hit.uri)
+        file = [hit.uri] if names_files else []
+        table.add_row(f"{hit.score:.2f}", hit.modality.value, hit.item_id, caption, *file)
     reporter.result(table)
     if hits[0].score < threshold:
         reporter.say(f"no confident match: the best score is below {threshold:.2f}")

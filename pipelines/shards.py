@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,17 @@ def committed_shards(store: Store, part_id: str) -> list[Shard]:
                 Shard(raw["name"], modality, raw["encoder"], raw["items"], raw["reused"], raw["errors"], files)
             )
     return shards
+
+
+def some_errors(store: Store, part_id: str, names: Iterable[str], limit: int) -> list[dict[str, str]]:
+    """The first rows of ``ERRORS_SCHEMA`` in some error files (paths in the part) of a features part."""
+    rows: list[dict[str, str]] = []
+    for name in sorted(names):
+        if len(rows) < limit:
+            path = store.path("features", part_id, name)
+            table = pq.read_table(path, filesystem=store.filesystem, partitioning=None)
+            rows += table.slice(0, limit - len(rows)).to_pylist()
+    return rows
 
 
 def indexed_ids(store: Store, part_id: str) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str])
     assert {m.id for m in copy.store.parts("snapshot")} >= {last} and len(copy.store.parts("snapshot")) == 2
     Snapshot.open(copy.store.mirror())  # every part that the current one names is still there, hashes and all
     assert cli.main(["status", "--store", copy.settings.store]) == 0
-    assert str(last) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(last) in out and re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", out)
 
 
 def test_a_segment_whose_index_spells_something_else_is_not_published(copy: Copy) -> None:

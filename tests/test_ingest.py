@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings, Settings, load_settings
 from ace_core.errors import AceError, CorpusError
@@ -265,10 +267,10 @@ def _settings(corpus: Path, store: Path, *more: str) -> Settings:
     return load_settings(None, (f"corpus.path={corpus}", f"store={store}", "compute.encoders=2", *more))
 
 
-def _ingest(settings: Settings) -> tuple[dict, Path]:
+def _ingest(settings: Settings, reporter: Reporter | None = None) -> tuple[dict, Path]:
     from pipelines.ingest import ingest
 
-    manifest = ingest(settings, Store.open(settings.store), Reporter(quiet=True))
+    manifest = ingest(settings, Store.open(settings.store), reporter or Reporter(quiet=True))
     return manifest.metrics | {"id": manifest.id}, Path(settings.store) / "features" / manifest.id
 
 
@@ -280,8 +282,11 @@ def test_a_mixed_corpus_with_bad_files_and_what_changes_later(ray_cluster: None,
     whole = (corpus / "video" / "000.mp4").read_bytes()
     (corpus / "video" / "cut.mp4").write_bytes(whole[: len(whole) // 3])
     settings = _settings(corpus, store, "encoders.image.batch_size=4")
-    metrics, folder = _ingest(settings)
+    said = io.StringIO()
+    metrics, folder = _ingest(settings, Reporter(Console(file=said, soft_wrap=True)))
     assert metrics["items"] == {"image": 20, "audio": 6, "video": 4}
+    log = said.getvalue()
+    assert "images/junk.png: not-an-image (" in log and "video/cut.mp4: " in log and f"{folder / 'errors'} (Parq" in log
     assert sum(metrics["errors"].values()) == 2 and metrics["errors"]["not-an-image"] == 1
     features = read_features(folder)
     assert len(features) == 30 and len(set(features.items.column("item_id").to_pylist())) == 30
@@ -320,7 +325,9 @@ def test_a_corpus_of_bad_files_only_is_refused(ray_cluster: None, tmp_path: Path
     for i in range(3):
         (tmp_path / "corpus").mkdir(exist_ok=True)
         (tmp_path / "corpus" / f"{i}.wav").write_bytes(b"junk")
-    with pytest.raises(CorpusError, match=r"not one of 3 files can be used \(3 not-audio\)"):
+    with pytest.raises(
+        CorpusError, match=r"not one of 3 files can be used \(3 not-audio\), such as 0.wav: not-audio \("
+    ):
         _ingest(_settings(tmp_path / "corpus", tmp_path / "store"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixt
     assert cli.main(["search", "a red square", "--store", world.settings.store, "-k", "3"]) == 0
     out = capsys.readouterr().out
     assert "a red square" in out and "images/" in out
+    assert "file" not in out and len(re.findall(r"images/\d+\.png", out)) == 3  # the id is the path: said once
     arguments = ["search", "beep", "--store", world.settings.store, "-m", "audio", "--where", "split=test", "--json"]
     assert cli.main(arguments) == 0
     hits = json.loads(capsys.readouterr().out)

@@ -69,6 +69,26 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_log_does_not_repeat_itself() -> None:
+    reporter, out = _reporter(terminal=False, log_seconds=0.02)
+    with reporter.step("encode", 4) as step:
+        _wait_for(out, "starting")
+        time.sleep(0.2)
+        step.advance(4)
+        _wait_for(out, "finishing")
+        time.sleep(0.2)
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["encode: 4 items, starting", "encode: 4/4 items, finishing"]
+    assert len(lines) == 3 and "took" in lines[2]
+
+
+def _wait_for(out: io.StringIO, text: str) -> None:
+    end = time.monotonic() + 60
+    while text not in out.getvalue():
+        assert time.monotonic() < end, out.getvalue()
+        time.sleep(0.01)
+
+
 def test_a_terminal_gets_a_bar_that_leaves_one_line() -> None:
     reporter, out = _reporter(terminal=True)
     with reporter.step("encode", 2) as step:
