@@ -27,6 +27,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
@@ -39,6 +40,9 @@ from serve.replica import BATCHES, LightSettings, Searcher
 APP_NAME = "ace"
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _TRIES = 3
+# Ray Serve gives a replica's code and its router event loops of their own, in case they block the main one. Nothing
+# here does (models and files have threads), so one loop does for all, and no search hops between threads.
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 _log = logging.getLogger("ace.serve")
 
 
@@ -62,10 +66,14 @@ class ReplicaBackend:
 
     async def _ask(self, send: Callable[[], Any]) -> Any:
         for attempt in range(_TRIES):
+            response = send()
             try:
-                return await send()
+                return await response
             except BackPressureError:
                 raise Overloaded from None
+            except asyncio.CancelledError:
+                response.cancel()  # nobody waits for it any more: it leaves its batch
+                raise
             except (RayActorError, DeploymentUnavailableError) as e:
                 # Searching changes nothing, so it is safe to ask again. The caller's deadline ends the waiting.
                 _log.warning("a replica was lost while it answered: %s", type(e).__name__)
@@ -75,15 +83,19 @@ class ReplicaBackend:
 
 @serve.ingress()
 class Ingress:
-    """Speaks HTTP: keys, limits, the API and the page. Holds no model."""
+    """Speaks HTTP: keys, limits, the API and the page. Holds no model.
 
-    def __init__(self, settings: Settings, searcher: DeploymentHandle) -> None:
+    It is asked through Ray Serve's proxies or, with ``listens``, on a socket of its own at ``serve.host`` and ``port``.
+    """
+
+    def __init__(self, settings: Settings, searcher: DeploymentHandle, listens: bool = False) -> None:
         self._settings = settings
         self._searcher = searcher
+        self._listens = listens
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         name = serve.get_replica_context().replica_id.unique_id
-        return build_http(self._settings, ReplicaBackend(self._searcher), ingress=name)
+        return build_http(self._settings, ReplicaBackend(self._searcher), ingress=name, listens=self._listens)
 
 
 def build(settings: Settings) -> serve.Application:
@@ -102,8 +114,12 @@ def __getattr__(name: str) -> serve.Application:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
+def assemble(settings: Settings, replica: type[Searcher], *, node: str | None = None) -> serve.Application:
     """The application with another class of replica (a rival behind the same ingress, in the benchmarks).
+
+    Args:
+        node: IP address of a node of the cluster where the ingress is to listen by itself; None leaves that to Ray
+            Serve's proxies.
 
     Raises:
         SettingsError: the key file cannot be used.
@@ -121,9 +137,14 @@ def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
             batch_wait_seconds=chosen.batch_wait_seconds,
             watch_seconds=chosen.watch_seconds,
         ).model_dump(),
-        ray_actor_options={"num_cpus": chosen.threads if not chosen.gpus else 1, "num_gpus": chosen.gpus},
+        ray_actor_options={
+            "num_cpus": chosen.threads if not chosen.gpus else 1,
+            "num_gpus": chosen.gpus,
+            "runtime_env": {"env_vars": ONE_LOOP},
+        },
         graceful_shutdown_timeout_s=10,
         health_check_period_s=5,
+        logging_config=LoggingConfig(enable_access_log=False),  # who asked what is the ingress's to log
         **_scaling(chosen),
     )(replica)
     device = "cuda" if chosen.gpus else "cpu"
@@ -131,10 +152,15 @@ def assemble(settings: Settings, replica: type[Searcher]) -> serve.Application:
         name="Ingress",
         # The ingress admits and refuses by itself, with a problem document; Serve's own limit must not come first.
         max_ongoing_requests=4 * chosen.max_queued + 100,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={
+            "num_cpus": 0.5,
+            "resources": {} if node is None else {f"node:{node}": 0.001},
+            "runtime_env": {"env_vars": ONE_LOOP},
+        },
         graceful_shutdown_timeout_s=10,
+        health_check_period_s=2,
     )(Ingress)
-    return ingress.bind(settings, searcher.bind(settings, device))
+    return ingress.bind(settings, searcher.bind(settings, device), node is not None)
 
 
 def _scaling(chosen: ServeSettings) -> dict[str, Any]:
@@ -190,11 +216,14 @@ def run(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
     if not ray.is_initialized():
         ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
+    here = settings.compute.address is None
     serve.start(
         http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
-        proxy_location=ProxyLocation.HeadOnly,
+        proxy_location=ProxyLocation.Disabled if here else ProxyLocation.HeadOnly,
     )
-    serve.run(assemble(settings, replica), name=APP_NAME, route_prefix="/")
+    settings = settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})})
+    node = ray.util.get_node_ip_address() if here else None
+    serve.run(assemble(settings, replica, node=node), name=APP_NAME, route_prefix="/")
     address = f"http://{'127.0.0.1' if chosen.host == '0.0.0.0' else chosen.host}:{port}"
     _wait_until_ready(address, ready_seconds)
     on_ready(address)

@@ -29,6 +29,7 @@ from serve.auth import KeyRing
 from serve.calls import Backend, ExampleCall, TextCall
 from serve.catalog import cluster_name, parse_cluster
 from serve.gate import Gate
+from serve.listen import listening
 from serve.problems import ProblemError, invalid_request
 from serve.schema import (
     ClusterChild,
@@ -66,12 +67,13 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_http(settings: Settings, backend: Backend, *, ingress: str = "ingress") -> FastAPI:
+def build_http(settings: Settings, backend: Backend, *, ingress: str = "ingress", listens: bool = False) -> FastAPI:
     """The application.
 
     Args:
         backend: the decoding replicas.
         ingress: name of this process in the metrics.
+        listens: it also answers at ``serve.host`` and ``serve.port`` itself, while it runs.
 
     Raises:
         SettingsError: the key file cannot be used.
@@ -80,8 +82,14 @@ def build_http(settings: Settings, backend: Backend, *, ingress: str = "ingress"
     service = Service(settings, backend, keys, ingress)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service.running():
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(service.running())
+            if listens:
+                chosen = settings.serve
+                await stack.enter_async_context(
+                    listening(app, chosen.host, chosen.port, body_seconds=chosen.request_seconds + 5)
+                )
             yield
 
     app = FastAPI(

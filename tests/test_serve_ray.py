@@ -22,10 +22,23 @@ from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
 from serve import app as serve_app
 from serve.client import Client
-from serve.replica import LightSettings
+from serve.replica import LightSettings, Searcher
 from tests.tiny_store import TinyStore
 
 pytestmark = pytest.mark.ray
+
+
+class Watched(Searcher):
+    """A replica that also says what its process was started with."""
+
+    async def loops_of_its_own(self) -> tuple[bool, bool]:
+        """Whether Ray Serve runs its code, and its router, outside the main event loop."""
+        from ray.serve._private import constants
+
+        return (
+            constants.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD,
+            constants.RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     chosen = ServeSettings(port=0, watch_seconds=0.2, batch_wait_seconds=0.05, max_queued=64, request_seconds=120)
     settings = Settings(store=str(tiny.path), serve=chosen)
     addresses: list[str] = []
-    address = serve_app.run(settings, blocking=False, on_ready=addresses.append)
+    address = serve_app.run(settings, blocking=False, on_ready=addresses.append, replica=Watched)
     assert addresses == [address]
     yield Served(address, tiny, settings)
     serve_app.stop()
@@ -56,6 +69,19 @@ def _wait_for(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.1)
+
+
+def test_nothing_stands_between_a_user_and_the_ingress(served: Served) -> None:
+    """No proxy, no event loop more than there must be, and no address but the one that was asked for."""
+    import psutil  # comes with Ray
+
+    port = int(served.address.rpartition(":")[2])
+    [socket] = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+    assert socket.laddr.ip == "127.0.0.1"
+    assert "Ingress" in psutil.Process(socket.pid).cmdline()[0]
+    assert not ray_serve.status().proxies
+    searcher = ray_serve.get_deployment_handle("Searcher", serve_app.APP_NAME)
+    assert searcher.loops_of_its_own.remote().result() == (False, False)
 
 
 def test_search_batches_and_reports(served: Served) -> None:
@@ -145,6 +171,8 @@ def test_the_settings_scale_the_replicas(tmp_path: Path, least: int, most: int) 
     chosen = ServeSettings(replicas=least, max_replicas=most, max_batch=12, scale_down_seconds=7, max_queued=33)
     ingress = serve_app.build(Settings(store=str(tmp_path), serve=chosen))._bound_deployment
     searcher = ingress.init_args[1]._bound_deployment
+    for deployment in (ingress, searcher):
+        assert deployment.ray_actor_options["runtime_env"]["env_vars"] == serve_app.ONE_LOOP
     config = searcher._deployment_config
     assert searcher.name == "Searcher" and config.max_queued_requests == 33
     assert config.max_ongoing_requests >= 2 * 12  # or batches would starve

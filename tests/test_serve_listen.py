@@ -1,0 +1,133 @@
+"""The ingress's own socket: requests that do not arrive, clients that leave, and a port that is taken again at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ace_core.config import ServeSettings, Settings
+from serve.http import build_http
+from serve.listen import listening
+from tests.serving_world import WordBackend, draw_corpus, publish
+
+_WAIT = 60.0
+_SEARCH = json.dumps({"text": "a red circle", "k": 3}).encode()
+
+
+class SlowBackend(WordBackend):
+    """Says when a search began, and whether it was cancelled."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(store)
+        self.began, self.cancelled = asyncio.Event(), asyncio.Event()
+
+    async def search(self, call: Any) -> Any:
+        self.began.set()
+        try:
+            await asyncio.sleep(_WAIT)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("listen")
+    publish(folder / "store", folder / "corpus", draw_corpus(folder / "corpus"))
+    return folder / "store"
+
+
+@asynccontextmanager
+async def _server(
+    store: Path, backend: WordBackend, *, port: int = 0, body_seconds: float = _WAIT
+) -> AsyncIterator[int]:
+    app = build_http(Settings(store=str(store), serve=ServeSettings(request_seconds=_WAIT)), backend)
+    async with app.router.lifespan_context(app), listening(app, "127.0.0.1", port, body_seconds=body_seconds) as taken:
+        yield taken
+
+
+def _head(length: int, path: str = "/v1/search", method: str = "POST") -> bytes:
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+async def _ask(port: int, request: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+    body = await reader.readexactly(length)
+    writer.close()
+    return int(head.split()[1]), body
+
+
+def _run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(_WAIT):
+            await test()
+
+    asyncio.run(limited())
+
+
+def test_it_answers_and_leaves_its_port_free(store: Path) -> None:
+    async def test() -> None:
+        async with _server(store, WordBackend(str(store))) as port:
+            status, body = await _ask(port, _head(len(_SEARCH)) + _SEARCH)
+            assert status == 200 and json.loads(body)["results"][0]["hits"]
+            # A connection that the server closes keeps the port busy for a bare bind.
+            idle = await asyncio.open_connection("127.0.0.1", port)
+        assert await idle[0].read() == b""
+        with pytest.raises(OSError):
+            await asyncio.open_connection("127.0.0.1", port)
+        async with _server(store, WordBackend(str(store)), port=port) as again:
+            assert again == port and (await _ask(port, _head(0, "/healthz", "GET")))[0] == 200
+            with pytest.raises(OSError):
+                async with _server(store, WordBackend(str(store)), port=port):
+                    raise AssertionError("two servers on one port")
+
+    _run(test)
+
+
+def test_a_search_whose_client_left_is_cancelled_and_counted(store: Path) -> None:
+    async def test() -> None:
+        backend = SlowBackend(str(store))
+        async with _server(store, backend) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(_head(len(_SEARCH)) + _SEARCH)
+            await backend.began.wait()
+            assert not backend.cancelled.is_set()
+            writer.close()
+            await backend.cancelled.wait()
+            while 499.0 not in (counts := await _statuses(port)):
+                await asyncio.sleep(0.02)
+            assert counts[499.0] == 1 and 500.0 not in counts
+
+    _run(test)
+
+
+async def _statuses(port: int) -> dict[float, float]:
+    """Answered requests by status, from the metrics."""
+    _, body = await _ask(port, _head(0, "/metrics", "GET"))
+    families = {f.name: f for f in text_string_to_metric_families(body.decode())}
+    return {float(s.labels["status"]): s.value for s in families["ace_requests"].samples if s.name.endswith("_total")}
+
+
+def test_a_request_that_does_not_arrive_is_given_up(store: Path) -> None:
+    async def test() -> None:
+        backend = WordBackend(str(store))
+        async with _server(store, backend, body_seconds=0.2) as port:
+            status, body = await _ask(port, _head(len(_SEARCH)) + _SEARCH[:5])
+            assert status == 408 and json.loads(body)["detail"] == "the request did not arrive within 0.2 s"
+            assert not backend.calls
+            assert (await _ask(port, _head(len(_SEARCH)) + _SEARCH))[0] == 200
+
+    _run(test)
