@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -43,3 +44,8 @@ class Item:
     attributes: dict[str, AttributeValue] = field(default_factory=dict)
     start_seconds: float | None = None
     end_seconds: float | None = None
+
+
+def content_hash(data: bytes) -> str:
+    """What a file's bytes are known by."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

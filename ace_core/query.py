@@ -76,7 +76,8 @@ class Hit:
     Attributes:
         score: calibrated probability that this is the item looked for.
         log_prob: log-probability of its identifier under the generator.
-        similarity: of the refined query and the item's vector, rebuilt from its codes (or stored).
+        similarity: cosine of the refined query and the item's vector (stored, or rebuilt from its codes), -1 .. 1. An
+            item that lies near many queries has to be nearer to score as much, so it need not fall with the score.
         level_probs: probability of each token given the ones before it, coarse to fine: the beam's path.
     """
 

@@ -26,14 +26,14 @@ from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
-from ace_core.items import MODALITIES, Modality
+from ace_core.items import MODALITIES, Modality, content_hash
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
 from ace_core.ranking import Ranker
 from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
-from ace_core.space import unit_query
+from ace_core.space import cosine, unit_query
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk
 
@@ -191,8 +191,23 @@ class Retriever:
             vector = self._aligner.text(features.pooled.to(self.device))
         return QueryBatch(vector, features.hidden, features.mask).to(self.device)
 
-    def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
+    def example_vector(self, modality: Modality, data: bytes) -> np.ndarray:
         """A file's bytes as a (D,) float32 query vector, to search by example.
+
+        A file of the corpus is its own item there, with what its captions say (the mean of its segments, where it was
+        cut); any other is encoded.
+
+        Raises:
+            MediaError, ModelError: as :meth:`encode_media`.
+        """
+        own = self.snapshot.find_content(content_hash(data))
+        if not own:
+            return self.encode_media(modality, data)
+        vectors = [self._galleries[number].vectors(np.array([row]), self._quantizer)[0] for number, row in own]
+        return _as_query(torch.from_numpy(np.mean(vectors, axis=0, keepdims=True)))
+
+    def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
+        """A file's bytes as a (D,) float32 query vector, from its content alone.
 
         Raises:
             MediaError: it cannot be decoded.
@@ -316,7 +331,10 @@ class Retriever:
             if candidates.valid[number, column]
         ]
         answers: list[list[Hit]] = [[] for _ in kept]
-        for at, item in zip(chosen, self._items(candidates, chosen)):
+        queries = refined.float().cpu().numpy()
+        items, vectors = self._read(candidates, chosen, queries.shape[1])
+        cosines = cosine(queries[[number for number, _ in chosen]], vectors).tolist()
+        for at, item, similar_to in zip(chosen, items, cosines):
             answers[at[0]].append(
                 Hit(
                     item_id=item.item_id,
@@ -328,7 +346,7 @@ class Retriever:
                     attributes=item.attributes,
                     identifier=item.identifier,
                     log_prob=float(candidates.log_prob[at]),
-                    similarity=float(similar[at]),
+                    similarity=similar_to,
                     level_probs=tuple(np.exp(candidates.level_log_prob[at]).tolist()),
                     start_seconds=item.start_seconds,
                     end_seconds=item.end_seconds,
@@ -336,13 +354,19 @@ class Retriever:
             )
         return answers
 
-    def _items(self, candidates: Candidates, chosen: Sequence[tuple[int, int]]) -> list[StoredItem]:
-        """The items of some candidates (query, column), each segment's read in one go."""
-        out: dict[tuple[int, int], StoredItem] = {}
+    def _read(
+        self, candidates: Candidates, chosen: Sequence[tuple[int, int]], dim: int
+    ) -> tuple[list[StoredItem], np.ndarray]:
+        """The items of some candidates (query, column) and their vectors (m, dim), each segment's read in one go."""
+        items: dict[int, StoredItem] = {}
+        vectors = np.zeros((len(chosen), dim), np.float32)
         for number, segment in enumerate(self.snapshot.segments):
-            here = [at for at in chosen if candidates.segment[at] == number]
-            out |= zip(here, segment.items_at([int(candidates.row[at]) for at in here]))
-        return [out[at] for at in chosen]
+            here = [i for i, at in enumerate(chosen) if candidates.segment[at] == number]
+            if here:
+                rows = np.array([candidates.row[chosen[i]] for i in here])
+                items |= zip(here, segment.items_at(rows))
+                vectors[here] = segment.gallery.vectors(rows, self._quantizer)
+        return [items[i] for i in range(len(chosen))], vectors
 
 
 def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tuple[Modality, ...]:

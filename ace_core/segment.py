@@ -6,6 +6,7 @@ merges. Its folder holds
 - ``identifiers.safetensors``: ``codes`` uint16 (items, levels), sorted lexicographically
 - ``constraint.safetensors``: the constraint index over them
 - ``items.arrow``: what is known of each item, in the same order, memory-mapped, in runs of some 100,000 items
+- ``lookup.safetensors``: where an id, and a file's content, is in ``items.arrow`` (:mod:`ace_core.lookup`)
 - ``vectors.safetensors`` (optional): ``vectors`` int8 (items, D) and ``scales`` float32 (items,)
 - ``manifest.json``
 """
@@ -21,19 +22,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ace_core.arrays import map_arrays
 from ace_core.attributes import FilterValue, matching
 from ace_core.constraint import ConstraintIndex
 from ace_core.errors import StoreError
 from ace_core.items import AttributeValue, Modality
+from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, read_manifest, verify_files
 from ace_core.scoring import Gallery, StoredVectors
 
 ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
+
+LOOKUPS = ("item_id", "content_hash")
+"""Columns that rows are found by."""
 
 _RUN = 65_536  # rows that become Python objects at a time
 
@@ -114,10 +118,20 @@ class Segment:
         """(items,) bool: which items pass every filter, see :func:`ace_core.attributes.matching`."""
         return np.concatenate([np.empty(0, bool), *(matching(column, filters) for column in self.attributes)])
 
+    @cached_property
+    def _lookups(self) -> dict[str, Lookup]:
+        if "lookup.safetensors" not in self.manifest.files:  # of before there was such a file
+            return {name: Lookup.of(checksums(self.items.column(name))) for name in LOOKUPS}
+        arrays = map_arrays(self.folder / "lookup.safetensors")
+        return {name: Lookup(arrays[f"{name}.sums"], arrays[f"{name}.rows"]) for name in LOOKUPS}
+
     def row_of(self, item_id: str) -> int | None:
-        """Row of an item, or None: one vectorised scan (no dictionary of ten million strings in every replica)."""
-        row = pc.index(self.items.column("item_id"), pa.scalar(item_id)).as_py()
-        return None if row < 0 else row
+        """Row of an item, or None."""
+        return next(iter(self._lookups["item_id"].rows_of(item_id, self.items.column("item_id"))), None)
+
+    def rows_of_content(self, digest: str) -> list[int]:
+        """Rows of the items that are a file of this :func:`~ace_core.items.content_hash`, or segments of it."""
+        return self._lookups["content_hash"].rows_of(digest, self.items.column("content_hash"))
 
     def item(self, row: int) -> StoredItem:
         """The item at a row."""

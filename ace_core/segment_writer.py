@@ -21,9 +21,10 @@ from ace_core.arrays import array_header, save_arrays
 from ace_core.attributes import attribute_types, common_types, typed_attributes
 from ace_core.constraint import ConstraintIndex
 from ace_core.identifiers import check_identifiers, sort_order
+from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, hash_folder, write_manifest
 from ace_core.scoring import StoredVectors
-from ace_core.segment import ITEM_COLUMNS, item_versions
+from ace_core.segment import ITEM_COLUMNS, LOOKUPS, item_versions
 
 _WAITING = 65_536  # rows collected before they are put in their buckets
 _BUCKETS = 256
@@ -115,12 +116,15 @@ class SegmentWriter:
             StoreError: identifiers of other codebooks.
         """
         codes = np.empty((self._count, len(self._vocab_sizes)), np.uint16)
+        sums = {name: np.empty(self._count, np.uint32) for name in LOOKUPS}
         scales = np.empty(self._count, np.float32)
         items, vectors, start = None, None, 0
         try:
             for rows in self._sorted_runs():
                 end = start + rows.num_rows
                 codes[start:end] = _unpacked(rows.column("codes"), np.uint16)
+                for name in LOOKUPS:
+                    sums[name][start:end] = checksums(rows.column(name))
                 table = self._item_table(rows)
                 if items is None:
                     items = pa.ipc.new_file(str(self._folder / "items.arrow"), table.schema)
@@ -142,6 +146,11 @@ class SegmentWriter:
                     opened.close()
         save_arrays(self._folder / "identifiers.safetensors", {"codes": codes})
         ConstraintIndex.build(codes, self._vocab_sizes).save(self._folder / "constraint.safetensors")
+        lookups = {name: Lookup.of(sums.pop(name)) for name in LOOKUPS}
+        save_arrays(
+            self._folder / "lookup.safetensors",
+            {f"{name}.{part}": getattr(lookup, part) for name, lookup in lookups.items() for part in ("sums", "rows")},
+        )
         manifest = Manifest(
             kind="segment",
             id=segment_id,

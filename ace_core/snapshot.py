@@ -160,11 +160,24 @@ class Snapshot:
         """(segment, row) of a live item, or None. A later segment's item replaces an earlier one's."""
         for number in reversed(range(len(self.segments))):
             row = self.segments[number].row_of(item_id)
-            if row is not None:
-                at = np.searchsorted(self.removed[number], row)
-                if at == len(self.removed[number]) or self.removed[number][at] != row:
-                    return number, row
+            if row is not None and self._lives(number, row):
+                return number, row
         return None
+
+    def find_content(self, digest: str) -> list[tuple[int, int]]:
+        """(segment, row) of the live items that are, or are parts of, a file of this content
+        (:func:`ace_core.items.content_hash`)."""
+        return [
+            (number, row)
+            for number, segment in enumerate(self.segments)
+            for row in segment.rows_of_content(digest)
+            if self._lives(number, row)
+        ]
+
+    def _lives(self, number: int, row: int) -> bool:
+        removed = self.removed[number]
+        at = np.searchsorted(removed, row)
+        return bool(at == len(removed) or removed[at] != row)
 
 
 def _check_ref(folder: Path, ref: PartRef, snapshot_id: str) -> None:

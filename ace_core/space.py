@@ -7,6 +7,7 @@ with x and q L2-normalised in the first D - 1 coordinates. See :mod:`ace_core.al
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -18,3 +19,11 @@ def unit_query(vectors: torch.Tensor) -> torch.Tensor:
     """
     head = F.normalize(vectors[..., :-1].float(), dim=-1)
     return torch.cat((head, torch.ones_like(head[..., :1])), -1)
+
+
+def cosine(queries: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Cosines (n,) of queries (n, D) and items (n, D) without the last coordinate: what a person may compare, where
+    what ranks also counts an item's popularity and, of a rebuilt one, its length."""
+    q, x = queries[:, :-1], items[:, :-1]
+    norms = np.linalg.norm(q, axis=1) * np.linalg.norm(x, axis=1)
+    return np.clip(np.einsum("nd,nd->n", q, x) / np.maximum(norms, 1e-12), -1, 1)

@@ -5,7 +5,6 @@ A plain class over a dictionary of arrays: Ray Data makes an actor of it, tests 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 import time
@@ -20,7 +19,7 @@ from pyarrow import fs
 from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings
 from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
-from ace_core.items import Modality
+from ace_core.items import Modality, content_hash
 from ace_core.media.causes import Cause, check_seconds
 from ace_core.media.segments import cut
 from ace_store import ItemReader, open_location
@@ -179,7 +178,7 @@ class EncodeItems:
             if size > self._limits.max_bytes:  # known from the listing: not worth reading
                 raise MediaError("too-large", f"the file has {size:,} bytes, the limit is {self._limits.max_bytes:,}")
             data = self._read(uri)
-            whole.content_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
+            whole.content_hash = content_hash(data)
             if known := self._known.get(whole.content_hash):
                 return [replace(whole, span=s, embedding=known[s], reused=True) for s in sorted(known, key=_start)]
             if self._segment_seconds:

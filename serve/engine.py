@@ -211,7 +211,7 @@ class Engine:
         if call.item_id is not None:
             vector = live.item_vector(call.item_id)
         else:
-            vector = live.encode_media(Modality(call.modality or ""), call.media or b"")
+            vector = live.example_vector(Modality(call.modality or ""), call.media or b"")
         return None if vector is None else _Vector(live.snapshot.id, vector)
 
     # -- snapshots -------------------------------------------------------------------------------------------

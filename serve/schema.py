@@ -120,7 +120,9 @@ class HitOut(ItemOut):
     """A found item."""
 
     score: float = Field(description="calibrated probability that this is what was asked for")
-    similarity: float = Field(description="cosine of the query and the item as its codes rebuild it")
+    similarity: float = Field(
+        description="cosine of the query and the item, -1 .. 1; a score also weighs how near an item is to all queries"
+    )
     log_prob: float = Field(description="of the identifier, under the generator")
     path: list[PathStep] | None = Field(None, description="only with explain")
 

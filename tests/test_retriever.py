@@ -12,9 +12,10 @@ import torch
 from ace_core.config import SearchSettings
 from ace_core.errors import QueryError, StoreError
 from ace_core.identifiers import prefix_interval
+from ace_core.items import Modality
 from ace_core.query import Hit, SearchRequest
 from ace_core.retriever import Retriever
-from tests.tiny_store import TinyStore, vectors_of
+from tests.tiny_store import TinyStore, content_of, vectors_of
 
 TEXTS = ["a red fruit", "a dog barks", "slow piano", "something that moves to the left, quite fast, and then stops"]
 
@@ -57,17 +58,19 @@ def _oracle(tiny: TinyStore, text: str, numbers: np.ndarray, mode: str) -> dict[
     return {f"item-{n:04d}": float(total[n]) for n in numbers}
 
 
-def _score(hit: Hit) -> float:
-    return hit.log_prob + 5.0 * hit.similarity
+def _score(tiny: TinyStore, hit: Hit) -> float:
+    """What ranked a hit, from what it shows: its similarity is a cosine, and the query's vector has length 1."""
+    item = tiny.quantizer.reconstruct(np.array([hit.identifier]))[0]
+    return hit.log_prob + 5.0 * float(hit.similarity * np.linalg.norm(item[:-1]) + item[-1])
 
 
 def _check(tiny: TinyStore, text: str, hits: list[Hit], numbers: np.ndarray, mode: str = "beam") -> None:
     expected = _oracle(tiny, text, numbers, mode)
     assert len(hits) == min(10, len(numbers))
     best = sorted(expected.values(), reverse=True)[: len(hits)]
-    np.testing.assert_allclose([_score(h) for h in hits], best, atol=2e-3)
+    np.testing.assert_allclose([_score(tiny, h) for h in hits], best, atol=2e-3)
     for hit in hits:
-        assert _score(hit) == pytest.approx(expected[hit.item_id], abs=2e-3)
+        assert _score(tiny, hit) == pytest.approx(expected[hit.item_id], abs=2e-3)
 
 
 @pytest.mark.parametrize("mode", ["beam", "one-shot", "verify"])
@@ -81,7 +84,7 @@ def test_wide_search_equals_a_loop_over_all_items(tiny: TinyStore, mode: str) ->
 def test_two_segments_answer_as_one(tiny: TinyStore) -> None:
     one, split = _open(tiny, "one"), _open(tiny, "split")
     for a, b in zip(one.search(TEXTS, beam=20), split.search(TEXTS, beam=20)):
-        np.testing.assert_allclose([_score(h) for h in a], [_score(h) for h in b], atol=1e-4)
+        np.testing.assert_allclose([_score(tiny, h) for h in a], [_score(tiny, h) for h in b], atol=1e-4)
         assert {h.item_id for h in a} == {h.item_id for h in b}
 
 
@@ -95,7 +98,7 @@ def test_the_accelerators_walk_answers_the_same(tiny: TinyStore, mode: str) -> N
     for filters, expected in (({}, 10), ({"parity": "odd"}, 10), ({"number": 123}, 1), (none, 0)):
         for a, b in zip(plain.search(TEXTS, filters=filters), tensors.search(TEXTS, filters=filters)):
             assert len(a) == len(b) == expected
-            np.testing.assert_allclose([_score(h) for h in a], [_score(h) for h in b], atol=1e-3)
+            np.testing.assert_allclose([_score(tiny, h) for h in a], [_score(tiny, h) for h in b], atol=1e-3)
             assert {h.item_id for h in a} == {h.item_id for h in b}
 
 
@@ -113,7 +116,7 @@ def test_a_batch_of_different_requests_equals_each_alone(tiny: TinyStore) -> Non
     for request, hits in zip(requests, together):
         alone = retriever.search_batch([request])[0]
         assert [h.item_id for h in hits] == [h.item_id for h in alone]
-        np.testing.assert_allclose([_score(h) for h in hits], [_score(h) for h in alone], atol=1e-3)
+        np.testing.assert_allclose([_score(tiny, h) for h in hits], [_score(tiny, h) for h in alone], atol=1e-3)
     assert [len(hits) for hits in together] == [10, 3, 10, 4, 10]
     assert {h.modality for h in together[4]} == {TinyModality}
 
@@ -126,6 +129,23 @@ def test_an_item_finds_itself(tiny: TinyStore) -> None:
         hit = max(retriever.search_batch([SearchRequest(vector=vector, k=300)])[0], key=lambda h: h.similarity)
         assert hit.item_id == item_id and hit.similarity == pytest.approx(1, abs=3e-3)
     assert retriever.item_vector("nobody") is None
+
+
+def test_a_file_of_the_corpus_is_its_own_item(tiny: TinyStore) -> None:
+    """Found by its bytes in any segment, unless it was removed; a file that was cut is the mean of its parts."""
+    retriever = _open(tiny, "split")
+    for number in (7, 250):
+        vector = retriever.example_vector(Modality.AUDIO, content_of(number))
+        np.testing.assert_array_equal(vector, retriever.item_vector(f"item-{number:04d}"))
+    parts = [retriever.snapshot.find(f"item-{number:04d}") for number in (298, 299)]
+    mean = np.mean([retriever._galleries[n].vectors(np.array([r]), tiny.quantizer)[0, :-1] for n, r in parts], 0)
+    found = retriever.example_vector(Modality.IMAGE, content_of(299))
+    np.testing.assert_allclose(found[:-1], mean / np.linalg.norm(mean), atol=1e-6)
+    tiny.publish("removed", ["main", "delta"], {"main": np.array([retriever.snapshot.find("item-0007")[1]])})
+    for number in (7, 300):
+        with pytest.raises(QueryError, match="names no image encoder"):  # not there: to be encoded
+            _open(tiny, "removed").example_vector(Modality.IMAGE, content_of(number))
+    tiny.publish("one", ["whole"])
 
 
 def test_filters_and_modalities_are_exact(tiny: TinyStore) -> None:
@@ -181,7 +201,7 @@ def test_a_replaced_item_is_found_in_its_newest_segment(tiny: TinyStore) -> None
 def test_rerank_off_is_the_generators_own_order(tiny: TinyStore) -> None:
     for alone, mixed in zip(_open(tiny, rerank=False, k=100).search(TEXTS), _open(tiny, k=100).search(TEXTS)):
         assert [h.log_prob for h in alone] == sorted((h.log_prob for h in alone), reverse=True)
-        assert [_score(h) for h in mixed] == sorted((_score(h) for h in mixed), reverse=True)
+        assert [_score(tiny, h) for h in mixed] == sorted((_score(tiny, h) for h in mixed), reverse=True)
         assert [h.item_id for h in alone] != [h.item_id for h in mixed]
 
 
