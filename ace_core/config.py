@@ -68,12 +68,24 @@ class SegmentSettings(Section):
 
 
 class TextEncoderSettings(Section):
-    """The frozen text encoder that queries and captions go through."""
+    """The text encoder that queries and captions go through."""
 
     kind: Literal["minilm", "transformers"] = "minilm"
     path: str | None = Field(None, description="model folder or hub name (kind: transformers)")
     max_tokens: int = Field(32, ge=4, le=512, description="tokens of a query that are read")
     fusion_layers: int = Field(3, ge=1, description="how many of the last layers the generator fuses")
+
+
+class TextTuningSettings(Section):
+    """Training of the text encoder on the corpus' captions (`ace fit text`)."""
+
+    layers: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0, description="how many of its last layers are trained; 0 leaves it frozen, all trains its embeddings too"
+    )
+    epochs: int = Field(8, ge=1)
+    batch_size: int = Field(512, ge=2)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
 
 
 class MediaEncoderSettings(Section):
@@ -250,7 +262,7 @@ class ServeSettings(Section):
     )
     max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
     max_wait_seconds: float = Field(
-        0.4, gt=0, description="searches that would wait longer are answered 429; while overloaded, a quarter of it"
+        0.25, gt=0, description="searches that would wait longer are answered 429; while overloaded, even shorter"
     )
     request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
     watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")
@@ -290,6 +302,7 @@ class Settings(Section):
     segments: SegmentSettings = SegmentSettings()
     encoders: EncoderSettings = EncoderSettings()
     split: SplitSettings = SplitSettings()
+    text_tuning: TextTuningSettings = TextTuningSettings()
     aligner: AlignerSettings = AlignerSettings()
     quantizer: QuantizerSettings = QuantizerSettings()
     generator: GeneratorSettings = GeneratorSettings()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ace_core.aligner import Aligner, CaptionPairs
-from ace_core.aligner_training import fit_aligner, info_nce
+from ace_core.aligner_training import fit_aligner
 from ace_core.config import AlignerSettings
+from ace_core.contrast import info_nce
 from ace_core.corrections import fit_corrections
 from ace_core.errors import CorpusError, StoreError
 from ace_core.fitting import Checkpoint, FitHooks, Progress

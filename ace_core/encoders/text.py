@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,57 +17,96 @@ from ace_core.encoders.text_batches import BatchedText, check_layers, mean_of_to
 from ace_core.errors import ModelError
 
 
-class TransformersText(BatchedText):
-    """A text model of transformers behind the ``TextEncoder`` protocol.
+@dataclass(frozen=True)
+class TextModel:
+    """A checkpoint of transformers opened as a text encoder.
 
-    A dual encoder (one with ``get_text_features``) gives its projected text vector; any other model the mean of its
-    last layer's token features, which is what all-MiniLM and most sentence encoders are trained for.
+    Attributes:
+        whole: the model as it was loaded, all its towers.
+        tower: what reads text: ``whole``, or the encoder of an encoder and decoder.
+        dual: whether it gives a projected text vector (``get_text_features``).
+        depth: number of layers.
+        context: tokens that it can read.
+        fixed: whether every text is filled up to ``context`` and there is no attention mask: SigLIP is trained so.
     """
 
-    def __init__(self, path: str, settings: TextEncoderSettings, device: str = "cpu") -> None:
+    whole: Any
+    tower: Any
+    tokenizer: Any
+    dual: bool
+    depth: int
+    context: int
+    fixed: bool
+
+    @classmethod
+    def open(cls, path: str) -> TextModel:
+        """Open a local folder or a hub name.
+
+        Raises:
+            ModelError: it cannot be had.
+        """
         from transformers import AutoModel, AutoTokenizer
 
-        model, self._tokenizer = load_checkpoint(path, AutoModel, AutoTokenizer, setting="encoders.text.path")
-        self._dual = hasattr(model, "get_text_features")
-        if self._dual:
-            drop_parts(model, MEDIA_PARTS)
-        elif model.config.is_encoder_decoder:
-            model = model.get_encoder()
-        config = getattr(model.config, "text_config", model.config)
+        model, tokenizer = load_checkpoint(path, AutoModel, AutoTokenizer, setting="encoders.text.path")
+        dual = hasattr(model, "get_text_features")
+        tower = model.get_encoder() if not dual and model.config.is_encoder_decoder else model
+        config = getattr(tower.config, "text_config", tower.config)
         depth = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 0))
-        check_layers(settings.fusion_layers, depth, path)
-        context = min(int(self._tokenizer.model_max_length), getattr(config, "max_position_embeddings", 1 << 30))
-        self._max_tokens = min(settings.max_tokens, context)
-        self.identity = identity_of(model.state_dict(), "text", self._max_tokens, settings.fusion_layers)
-        model = model.to(device)
-        known = model.config.to_dict()
-        self._lean = LeanBert(model.state_dict(), known) if not self._dual and LeanBert.fits(known) else None
-        self._model = None if self._lean else model
+        context = min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", 1 << 30))
+        return cls(model, tower, tokenizer, dual, depth, context, config.model_type.startswith("siglip"))
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def tokens(self, texts: list[str], longest: int) -> list[list[int]]:
+        """Token ids of each text, cut at ``longest``."""
+        rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        return rows
+
+    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Pooled vectors (n, E_p) and hidden states (n, t, E) of the layers, lowest first, of padded tokens (n, t): a
+        dual encoder's own text vector, or the mean of the last layer's token features, which is what all-MiniLM and
+        most sentence encoders are trained for."""
+        inputs: dict[str, Any] = {"input_ids": ids, "output_hidden_states": True}
+        if not self.fixed:
+            inputs["attention_mask"] = mask
+        output = self.tower.get_text_features(**inputs) if self.dual else self.tower(**inputs)
+        if output.hidden_states is None:
+            raise ModelError("the text model gives no hidden states", where=type(self.tower).__name__)
+        pooled = pooled_output(output) if self.dual else mean_of_tokens(output.last_hidden_state, mask)
+        return pooled, output.hidden_states
+
+
+class TransformersText(BatchedText):
+    """A frozen text model of transformers behind the ``TextEncoder`` protocol."""
+
+    def __init__(self, path: str, settings: TextEncoderSettings, device: str = "cpu") -> None:
+        model = TextModel.open(path)
+        if model.dual:
+            drop_parts(model.tower, MEDIA_PARTS)
+        check_layers(settings.fusion_layers, model.depth, path)
+        self._max_tokens = min(settings.max_tokens, model.context)
+        self.identity = identity_of(model.tower.state_dict(), "text", self._max_tokens, settings.fusion_layers)
+        tower = model.tower.to(device)
+        known = tower.config.to_dict()
+        self._lean = LeanBert(tower.state_dict(), known) if not model.dual and LeanBert.fits(known) else None
         if self._lean is None:
-            pack_linears(model)
-        # SigLIP is trained on texts padded to its full context, and has no attention mask.
-        self._masked = not config.model_type.startswith("siglip")
+            pack_linears(tower)
+        # what is not used goes: another tower's weights, those that LeanBert has a copy of
+        self._opened = replace(model, whole=None, tower=None if self._lean else tower)
         super().__init__(
             layers=settings.fusion_layers,
             device=device,
-            pad=self._tokenizer.pad_token_id or 0,
-            fixed_length=None if self._masked else context,
+            pad=model.pad,
+            fixed_length=model.context if model.fixed else None,
         )
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        rows: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._max_tokens)["input_ids"]
-        return rows
+        return self._opened.tokens(texts, self._max_tokens)
 
     def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        if self._lean is not None:
-            states = self._lean(ids, mask)
-            return mean_of_tokens(states[-1], mask), states
-        inputs: dict[str, Any] = {"input_ids": ids, "output_hidden_states": True}
-        if self._masked:
-            inputs["attention_mask"] = mask
-        assert self._model is not None
-        output = self._model.get_text_features(**inputs) if self._dual else self._model(**inputs)
-        if output.hidden_states is None:
-            raise ModelError("the text model gives no hidden states", where=type(self._model).__name__)
-        pooled = pooled_output(output) if self._dual else mean_of_tokens(output.last_hidden_state, mask)
-        return pooled, output.hidden_states
+        if self._lean is None:
+            return self._opened.states(ids, mask)
+        states = self._lean(ids, mask)
+        return mean_of_tokens(states[-1], mask), states
