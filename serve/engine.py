@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ _log = logging.getLogger("ace.serve")
 _PROBE_TEXT = "a"
 _MAX_BATCH = 16
 _RETRY_SECONDS = 30.0
+_SEND = "Send a whole picture, sound or clip that a viewer or player opens."
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Engine:
         except AceError as e:
             return refusal_of(e)
         if vector is None:
-            return Refusal("missing", f"the snapshot has no item {call.item_id!r}", "item_id")
+            return _missing(call)
         spent = time.monotonic() - since
         return Waiting(call, time.monotonic(), vector, spent)
 
@@ -192,7 +194,7 @@ class Engine:
                 if vector is None or vector.snapshot != live.snapshot.id:
                     vector = self._embed(live, waiting.call)
                 if vector is None:  # the item went with the snapshot before
-                    spans.append(Refusal("missing", f"the snapshot has no item {waiting.call.item_id!r}", "item_id"))
+                    spans.append(_missing(waiting.call))
                     continue
                 requests.append(_request(waiting.call.options, vector=vector.vector))
             spans.append(slice(first, len(requests)))
@@ -269,6 +271,10 @@ def _request(options: Options, *, text: str | None = None, vector: np.ndarray | 
     )
 
 
+def _missing(call: ExampleCall) -> Refusal:
+    return Refusal("missing", f"the snapshot has no item {call.item_id!r}", "item_id", "Take an id from a search.")
+
+
 def _late() -> Refusal:
     return Refusal("deadline", "the search waited past its deadline", remedy="Try again when the server is less busy.")
 
@@ -276,9 +282,10 @@ def _late() -> Refusal:
 def refusal_of(error: AceError) -> Refusal:
     """What a replica answers in place of an error."""
     if isinstance(error, MediaError):
-        return Refusal("media", error.found, "file", error.remedy)
+        return Refusal("media", error.found, "file", _SEND)  # the error's own remedy speaks of a corpus
     if isinstance(error, QueryError):
         return Refusal("query", error.found, error.where, error.remedy)
     # Paths of the server stay in its log.
     _log.error("a search failed: %s", error)
-    return Refusal("model" if isinstance(error, ModelError) else "store", error.found)
+    kind: Literal["model", "store"] = "model" if isinstance(error, ModelError) else "store"
+    return Refusal(kind, error.found, remedy="The server's log says where.")

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -30,7 +31,7 @@ from serve.calls import Backend, ExampleCall, TextCall
 from serve.catalog import cluster_name, parse_cluster
 from serve.gate import Gate
 from serve.listen import listening
-from serve.problems import ProblemError, invalid_request
+from serve.problems import ProblemError, invalid_request, no_such_item, not_json, of_status
 from serve.schema import (
     ClusterChild,
     ClusterResponse,
@@ -127,7 +128,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
         texts = request.texts()
         if len(texts) > limits.max_texts:
             raise ProblemError(
-                422, "bad query", f"{len(texts)} texts, this server takes up to {limits.max_texts}", where="text"
+                422,
+                "bad query",
+                f"{len(texts)} texts, this server takes up to {limits.max_texts}",
+                where="text",
+                remedy="Send them in several requests, or raise serve.max_texts.",
             )
         call = TextCall(texts, service.options(request), service.deadline())
         return await service.search(call, request, texts)
@@ -171,9 +176,13 @@ def _add_search(app: FastAPI, service: Service) -> None:
 
 def _parse(model: type[Body], data: bytes) -> Body:
     try:
+        body = json.loads(data)
+    except ValueError as e:
+        raise not_json(e) from None
+    try:
         return model.model_validate_json(data)
     except ValidationError as e:
-        raise invalid_request([dict(error) for error in e.errors(include_url=False)]) from None
+        raise invalid_request([dict(error) for error in e.errors(include_url=False)], body) from None
 
 
 def _example_content() -> dict[str, Any]:
@@ -194,7 +203,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
     async def find(item_id: str) -> StoredItem:
         item = await asyncio.to_thread(service.catalog.item, item_id)
         if item is None:
-            raise ProblemError(404, "not found", f"the snapshot has no item {item_id!r}", where="item_id")
+            raise no_such_item(item_id)
         return item
 
     @app.get("/v1/items/{item_id:path}", tags=["items"])
@@ -232,7 +241,8 @@ def _add_items(app: FastAPI, service: Service) -> None:
         view = service.catalog.newest
         found = await asyncio.to_thread(view.cluster, tokens, offset=offset, k=k)
         if not found.total:
-            raise ProblemError(404, "not found", f"no identifier begins with {name}", where="name")
+            remedy = "Take the name from an answer's identifier, or from this route's children."
+            raise ProblemError(404, "not found", f"no identifier begins with {name}", where="name", remedy=remedy)
         return ClusterResponse(
             snapshot=view.id,
             name=cluster_name(tokens),
@@ -325,13 +335,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return invalid_request(list(error.errors())).response()
+        return invalid_request(list(error.errors()), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        titles = {404: "not found", 405: "method not allowed", 413: "too large"}
-        title = titles.get(error.status_code, "bad request")
-        return ProblemError(error.status_code, title, str(error.detail), headers=error.headers).response()
+        return of_status(error.status_code, str(error.detail), error.headers).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import Response
 
 from serve.calls import Refusal
 from serve.schema import Problem
 
+EXAMPLES = "See /openapi.json for examples."
+FIND_IDS = "Take an id from the answer to a search; /v1/snapshot says which snapshot is served."
+_STATUSES = {
+    404: ("not found", "/openapi.json lists the routes."),
+    405: ("method not allowed", "/openapi.json lists the routes and their methods."),
+    413: ("too large", "Send a smaller file or fewer texts."),
+}
 _STATUS = {"query": 422, "media": 422, "missing": 404, "model": 503, "store": 503, "deadline": 504}
 _TITLE = {
     "query": "bad query",
@@ -75,23 +83,65 @@ def overloaded(retry_after: int) -> ProblemError:
     )
 
 
-def invalid_request(errors: list[dict]) -> ProblemError:
-    """The problem of a request that does not match its schema: the first error, in words."""
+def no_such_item(item_id: str) -> ProblemError:
+    """The problem of an id that the served snapshot does not have."""
+    return refused(Refusal("missing", f"the snapshot has no item {item_id!r}", "item_id", FIND_IDS))
+
+
+def of_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ProblemError:
+    """The problem of a request that did not reach a route."""
+    title, remedy = _STATUSES.get(status, ("bad request", EXAMPLES))
+    return ProblemError(status, title, detail, remedy=remedy, headers=headers)
+
+
+def invalid_request(errors: list[dict[str, Any]], body: object = None) -> ProblemError:
+    """The problem of a request that does not match its schema: the first field that is wrong, in words.
+
+    Args:
+        errors: as pydantic lists them; those of a field with several types come one for each type.
+        body: the parsed body that they are about.
+    """
     first = errors[0]
-    if first.get("type") == "json_invalid" and "body" in first.get("loc", ()):
-        why = first.get("ctx", {}).get("error", "malformed")
-        return ProblemError(
-            400, "bad request", f"the body is not JSON ({why})", remedy="See /openapi.json for examples."
-        )
+    if first.get("type") == "json_invalid":
+        return not_json(first.get("ctx", {}).get("error", "malformed"))
     if not first.get("loc", ("body",))[1:] and first.get("type") == "model_attributes_type":
         return ProblemError(
             422, "bad request", "the body was not sent as JSON", remedy="Send it with Content-Type: application/json."
         )
-    where = ".".join(str(part) for part in first.get("loc", ()) if part != "body")
-    found = str(first.get("msg", "malformed"))
-    if "input" in first and first.get("type") != "missing":
-        found += f" (found {_short(first['input'])})"
-    return ProblemError(422, "bad request", found, where=where, remedy="See /openapi.json for examples.")
+    places = [_place(error, body) for error in errors]
+    place = max((p for p in places if p[:1] == places[0][:1]), key=len)
+    here = [error for error, other in zip(errors, places) if other == place]
+    # Where some type fits, what is wrong is not the type.
+    here = [error for error in here if not _of_another_type(error)] or here
+    said = list(dict.fromkeys(str(error.get("msg", "malformed")) for error in here))
+    found = ", or ".join([said[0], *(text.removeprefix("Input should be ") for text in said[1:])])
+    if "input" in here[0] and here[0].get("type") != "missing":
+        found += f" (found {_short(here[0]['input'])})"
+    return ProblemError(422, "bad request", found, where=".".join(map(str, place)), remedy=EXAMPLES)
+
+
+def not_json(why: object) -> ProblemError:
+    """The problem of a body that is no JSON at all."""
+    return ProblemError(400, "bad request", f"the body is not JSON ({why})", remedy=EXAMPLES)
+
+
+def _place(error: dict[str, Any], body: object) -> tuple[str | int, ...]:
+    """The path of an error's field in the body, without the types that pydantic tried and names in between."""
+    parts = tuple(part for part in error.get("loc", ()) if part != "body")
+    if not isinstance(body, dict):
+        return parts
+    path, inside = [], body
+    for number, part in enumerate(parts):
+        if part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int):
+            inside = inside[part]
+        elif error.get("type") != "missing" or number < len(parts) - 1:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _of_another_type(error: dict[str, Any]) -> bool:
+    return str(error.get("type", "")).endswith(("_type", "_parsing"))
 
 
 def _sendable(text: str) -> str:

@@ -49,7 +49,7 @@ class Service:
         self.metrics = Metrics(ingress)
         self.admission = Admission(
             settings.serve.max_queued,
-            always=settings.serve.max_batch,
+            always=2 * settings.serve.max_batch,  # one batch is decoded while the next one fills
             max_wait_seconds=settings.serve.max_wait_seconds,
         )
         self.catalog = Catalog(settings.store)
@@ -68,9 +68,9 @@ class Service:
         """
         k = wanted.k or min(self.settings.search.k, self.settings.serve.max_k)
         if k > self.settings.serve.max_k:
-            raise ProblemError(
-                422, "bad query", f"k is {k}, this server gives up to {self.settings.serve.max_k}", where="k"
-            )
+            most = self.settings.serve.max_k
+            remedy = f"Ask for {most} or fewer, or raise serve.max_k."
+            raise ProblemError(422, "bad query", f"k is {k}, this server gives up to {most}", where="k", remedy=remedy)
         return Options(
             k=k,
             modalities=tuple(dict.fromkeys(m.value for m in wanted.modality)),
@@ -214,7 +214,13 @@ class Service:
             store = Store.open(self.settings.store)
             seen = store.current()
             if store.find("snapshot", snapshot_id) is None:
-                raise ProblemError(404, "not found", f"the store has no snapshot {snapshot_id}", where="snapshot")
+                raise ProblemError(
+                    404,
+                    "not found",
+                    f"the store has no snapshot {snapshot_id}",
+                    where="snapshot",
+                    remedy="`ace status` lists those it has.",
+                )
             store.move_current(snapshot_id, seen)
             return seen.snapshot
 

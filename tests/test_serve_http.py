@@ -153,42 +153,51 @@ def test_search_by_an_uploaded_file(
         ({"other": ("a.png", b"x")}, {}, "file"),
         ({"file": ("a.png", b"\x89PNG\r\n\x1a\nbroken")}, {}, "file"),
         ({"file": ("a.png", b"\x89PNG\r\n\x1a\n")}, {"options": '{"kk": 3}'}, "kk"),
-        ({"file": ("a.png", b"\x89PNG\r\n\x1a\n")}, {"options": "not json"}, ""),
     ],
 )
 def test_a_bad_upload_says_what_is_wrong(http: TestClient, files: dict, data: dict, where: str) -> None:
     problem = _problem(http.post("/v1/search/by-example", files=files, data=data), 422)
-    assert problem["where"] == where
+    assert problem["where"] == where and problem["remedy"]
 
 
 @pytest.mark.parametrize(
-    ("body", "where"),
+    ("body", "where", "found"),
     [
-        ({}, "text"),
-        ({"text": "   "}, "text"),
-        ({"text": []}, "text"),
-        ({"text": "x", "k": 0}, "k"),
-        ({"text": "x", "modality": ["smell"]}, "modality"),
-        ({"text": "x", "threshold": 2}, "threshold"),
-        ({"text": "x", "mode": "guess"}, "mode"),
-        ({"text": "x", "modalities": ["image"]}, "modalities"),
-        ({"text": "x" * 1001}, "text"),
-        ({"text": ["x"] * 33}, "text"),
-        ({"text": "x", "filters": {"corners": {"near": 3}}}, "filters"),
-        ({"text": "x", "filters": {"corners": {"gte": "many"}}}, "filters.corners"),
+        ({}, "text", "required"),
+        ({"text": "   "}, "text", "String should have at least 1 character (found"),
+        ({"text": []}, "text", "List should have at least 1 item"),
+        ({"text": 5}, "text", "should be a valid string, or a valid list (found 5)"),
+        ({"text": ["x", ""]}, "text.1", "at least 1 character"),
+        ({"text": "x", "k": 0}, "k", "greater than or equal to 1 (found 0)"),
+        ({"text": "x", "k": 201}, "k", "up to"),
+        ({"text": "x", "modality": ["smell"]}, "modality.0", "'image', 'audio' or 'video'"),
+        ({"text": "x", "threshold": 2}, "threshold", "less than"),
+        ({"text": "x", "mode": "guess"}, "mode", "beam"),
+        ({"text": "x", "modalities": ["image"]}, "modalities", "Extra"),
+        ({"text": "x" * 1001}, "text", "at most 1000"),
+        ({"text": ["x"] * 33}, "text", "33 texts"),
+        ({"text": "x", "filters": {"corners": {"near": 3}}}, "filters.corners.near", "Extra"),
+        ({"text": "x", "filters": {"corners": {"gte": [3]}}}, "filters.corners.gte", "a valid integer"),
+        ({"text": "x", "filters": {"corners": None}}, "filters.corners", "a valid string, or a valid integer"),
+        ({"text": "x", "filters": {"corners": {"gte": "many"}}}, "filters.corners", "whole numbers"),
     ],
 )
-def test_a_bad_request_says_where(http: TestClient, body: dict, where: str) -> None:
-    assert _problem(http.post("/v1/search", json=body), 422)["where"].startswith(where)
+def test_a_bad_request_says_what_where_and_what_to_do(http: TestClient, body: dict, where: str, found: str) -> None:
+    problem = _problem(http.post("/v1/search", json=body), 422)
+    assert problem["where"] == where and found in problem["detail"] and problem["remedy"]
 
 
 def test_a_body_that_is_not_json_is_a_problem(http: TestClient) -> None:
     _problem(http.post("/v1/search", content=b"{text:", headers={"Content-Type": "application/json"}), 400)
     untyped = _problem(http.post("/v1/search", content=b'{"text": "x"}', headers={"Content-Type": "text/plain"}), 422)
     assert "application/json" in untyped["remedy"]
-    _problem(http.post("/v1/search/by-example", content=b"\xff\xfe", headers={"Content-Type": "application/json"}), 422)
-    _problem(http.get("/v1/nothing"), 404)
-    _problem(http.put("/v1/search"), 405)
+    _problem(http.post("/v1/search/by-example", content=b"\xff\xfe", headers={"Content-Type": "application/json"}), 400)
+    bad = {"file": ("a.png", b"\x89PNG\r\n\x1a\n")}
+    _problem(http.post("/v1/search/by-example", files=bad, data={"options": "not json"}), 400)
+    for problem in (_problem(http.get("/v1/nothing"), 404), _problem(http.put("/v1/search"), 405)):
+        assert "openapi" in problem["remedy"]
+    for path in ("/v1/items/nobody", "/v1/clusters/image-99", "/media/nobody"):
+        assert _problem(http.get(path), 404)["remedy"]
 
 
 # -- items, media, clusters --------------------------------------------------------------------------------------
