@@ -75,6 +75,10 @@ class TextEncoderSettings(Section):
     max_tokens: int = Field(32, ge=4, le=512, description="tokens of a query that are read")
     fusion_layers: int = Field(3, ge=1, description="how many of the last layers the generator fuses")
 
+    def in_folder(self, folder: Path) -> TextEncoderSettings:
+        """The same reading of a model that lies in a folder."""
+        return self.model_copy(update={"kind": "transformers", "path": str(folder)})
+
 
 class TextTuningSettings(Section):
     """Training of the text encoder on the corpus' captions (`ace fit text`)."""

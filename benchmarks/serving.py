@@ -1,9 +1,10 @@
 """The server under load, overload and faults, against the bare retriever and against FAISS IVF behind the same ingress.
 
-    python -m benchmarks.serving [--quick] [--items N] [--only PHASE] [--json FILE] [--cache FOLDER]
+    python -m benchmarks.serving [--quick] [--items N] [--only PHASE] [--proxy] [--json FILE] [--cache FOLDER]
 
-One machine holds clients, proxy, ingress and replicas, so figures are of all of them together; a table says whose CPU
-a search took. Identifiers are synthetic, texts all different. The rival reads the same texts through the same encoder,
+One machine holds clients, ingress and replicas, so figures are of all of them together; a table says whose CPU a search
+took. The ingress listens by itself, as `ace serve` has it; with ``--proxy`` it stands behind Ray Serve's proxy, as on a
+cluster. Identifiers are synthetic, texts all different. The rival reads the same texts through the same encoder,
 aligner, batching, ingress and answers; only the search differs: IVF with 8-bit vectors (nprobe 8).
 
 Phases: ``load`` (1, 8 and 32 users), ``overload`` (twice what 32 users get), ``faults``, ``autoscaling``; each in a
@@ -25,7 +26,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from ace_core.config import ServeSettings, Settings
+from ace_core.config import ComputeSettings, ServeSettings, Settings
 from ace_core.retriever import Retriever
 from benchmarks import serving_autoscaling, serving_faults, serving_overload
 from benchmarks.measure import table, write_figures
@@ -56,14 +57,14 @@ def in_process(store: Path, seconds: float) -> np.ndarray:
     return np.array(taken)
 
 
-def under_load(store: Path, seconds: float, overload_seconds: float) -> dict[str, float]:
+def under_load(store: Path, seconds: float, overload_seconds: float, compute: ComputeSettings) -> dict[str, float]:
     """Load on ACE and on the rival, then overload on ACE (none for 0 seconds)."""
     bare = in_process(store, seconds)
     alone = [float(np.quantile(bare, q) * 1000) for q in _QUANTILES]
     figures = {"in_process_p50_ms": alone[0]}
     rows: list[tuple] = [("in process", 1, *alone, float(1 / bare.mean()), 0, 0)]
     spent: list[tuple] = []
-    settings = Settings(store=str(store), serve=ServeSettings(port=0, watch_seconds=30))
+    settings = Settings(store=str(store), serve=ServeSettings(port=0, watch_seconds=30), compute=compute)
     rival_p50 = float("nan")
     # The rival first: ACE's server goes on into the overload.
     for name, replica in (("IVF-SQ8", IvfSearcher), ("ACE", Searcher)):
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20,000 items and short phases")
     parser.add_argument("--items", type=int, default=None, help="items of the snapshot (1,000,000)")
     parser.add_argument("--only", choices=_PHASES, default=None, help="one phase (overload includes load)")
+    parser.add_argument("--proxy", action="store_true", help="behind Ray Serve's proxy (load and overload)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     parser.add_argument("--cache", type=Path, default=None, help="keep the store here")
     chosen = parser.parse_args()
@@ -124,14 +126,15 @@ def main() -> None:
         snapshot = build(store, items)
         build_ivf(store, items)
         machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
-        proxy = "HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Python proxy"
-        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {_NODES} nodes here, {proxy}")
+        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {_NODES} nodes here")
         cluster = start_cluster()
+        # Whoever names a cluster is served through its proxies.
+        compute = ComputeSettings(address=cluster.address if chosen.proxy else None)
         figures: dict[str, float] = {}
         try:
             if {"load", "overload"} & set(phases):
                 overload = (6.0 if chosen.quick else 60.0) if "overload" in phases else 0.0
-                figures |= under_load(store, 1.5 if chosen.quick else 10.0, overload)
+                figures |= under_load(store, 1.5 if chosen.quick else 10.0, overload, compute)
             if "faults" in phases:
                 seconds, every = (10.0, 4.0) if chosen.quick else (60.0, 8.0)
                 figures |= serving_faults.measure(store, snapshot, seconds, every)

@@ -143,7 +143,7 @@ def assemble(settings: Settings, replica: type[Searcher], *, node: str | None = 
             "runtime_env": {"env_vars": ONE_LOOP},
         },
         graceful_shutdown_timeout_s=10,
-        health_check_period_s=5,
+        health_check_period_s=1,  # a dead replica is replaced when a check finds it
         logging_config=LoggingConfig(enable_access_log=False),  # who asked what is the ingress's to log
         **_scaling(chosen),
     )(replica)
@@ -158,7 +158,7 @@ def assemble(settings: Settings, replica: type[Searcher], *, node: str | None = 
             "runtime_env": {"env_vars": ONE_LOOP},
         },
         graceful_shutdown_timeout_s=10,
-        health_check_period_s=2,
+        health_check_period_s=1,
     )(Ingress)
     return ingress.bind(settings, searcher.bind(settings, device), node is not None)
 
@@ -172,10 +172,10 @@ def _scaling(chosen: ServeSettings) -> dict[str, Any]:
             max_replicas=chosen.max_replicas,
             # Half a batch each: admission keeps what waits short, and a queue of a whole batch may never build up.
             target_ongoing_requests=max(1, chosen.max_batch // 2),
-            upscale_delay_s=2,
+            upscale_delay_s=1,
             downscale_delay_s=chosen.scale_down_seconds,
-            metrics_interval_s=1,
-            look_back_period_s=4,
+            metrics_interval_s=0.5,
+            look_back_period_s=2,
         )
     }
 

@@ -23,7 +23,8 @@ SEARCH_PATHS = frozenset({"/v1/search", "/v1/search/by-example"})
 UPLOAD_PATH = "/v1/search/by-example"
 MAX_JSON_BYTES = 1_000_000
 _CALM_SECONDS = 1.0
-_STANDING = 1 / 4  # of max_wait_seconds
+_STANDING = 3.0  # times what a search takes alone
+_FEW = 4  # searches in flight that are never too many, and from which on their times tell what one takes among others
 _CLIENT_LEFT = 499  # in the metrics, as proxies write it: never sent
 
 _HEADERS = {
@@ -40,9 +41,10 @@ class Admission:
     A search that finds n others waits for about n times what one takes when they are answered together (Little's law:
     time in the server over searches in it). So the queue is as long as the server is fast.
 
-    It may be ``max_wait_seconds`` long, for a burst. Where more comes than can be answered, it would always be: a long
-    queue then makes everyone late and nobody faster (the standing queue of Nichols and Jacobson, "Controlling queue
-    delay", 2012). So after a refusal it may be a quarter as long, until nothing was refused for a second.
+    A burst may wait ``max_wait_seconds``. Where more comes than can be answered, everyone would always wait that long:
+    a long queue then makes all late and nobody faster (the standing queue of Nichols and Jacobson, "Controlling queue
+    delay", 2012). So after a refusal, until nothing was refused for a second, a search may only wait about three times
+    as long as one takes alone: what is accepted in an overload is answered nearly as fast as ever.
     """
 
     def __init__(self, limit: int, *, always: int, max_wait_seconds: float) -> None:
@@ -50,22 +52,26 @@ class Admission:
 
         Args:
             limit: searches in flight, at most.
-            always: so many may be in flight however slow the last ones were (a batch full).
+            always: so many may come at once however slow the last ones were.
             max_wait_seconds: a search that would wait longer is refused.
         """
         self.limit = limit
         self.always = always
         self.max_wait_seconds = max_wait_seconds
         self.in_flight = 0
+        self._seconds_alone: float | None = None
         self._seconds_each = 0.0
         self._refused_at = -math.inf
 
     def enter(self, now: float) -> int | None:
         """Take a place at ``now`` (monotonic seconds): how many are in flight with it, or None where there is none."""
+        always, most = self.always, self.max_wait_seconds
+        if now - self._refused_at < _CALM_SECONDS:
+            always = min(always, _FEW)
+            if self._seconds_alone is not None:
+                most = min(most, _STANDING * self._seconds_alone)
         wait = self.in_flight * self._seconds_each
-        standing = now - self._refused_at < _CALM_SECONDS
-        most = self.max_wait_seconds * (_STANDING if standing else 1.0)
-        if self.in_flight >= self.limit or (self.in_flight >= self.always and wait > most):
+        if self.in_flight >= self.limit or (self.in_flight >= always and wait > most):
             self._refused_at = now
             return None
         self.in_flight += 1
@@ -73,11 +79,14 @@ class Admission:
 
     def leave(self, entered: int, seconds: float) -> None:
         """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``."""
-        # Only what was answered in full batches tells: alone, a search pays for all that a batch shares. And by those
-        # that it found, not by those who came later, or a growing queue would look fast.
-        if entered >= self.always:
-            self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
         self.in_flight -= 1
+        if entered == 1:
+            # Falls fast and rises slowly: a search by example also waits for its upload.
+            alone = seconds if self._seconds_alone is None else self._seconds_alone
+            self._seconds_alone = alone + (0.5 if seconds < alone else 0.05) * (seconds - alone)
+        elif entered >= _FEW:
+            # By those that it found, not by those who came later, or a growing queue would look fast.
+            self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
 
     def retry_after(self) -> int:
         """Seconds until about half of the searches in flight are gone, 1 to 30."""

@@ -44,7 +44,7 @@ async def listening(app: ASGIApp, host: str, port: int, *, body_seconds: float) 
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # the process is not the server's
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]  # not its process
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         yield sock.getsockname()[1]
@@ -86,7 +86,7 @@ class Listened:
                 leaving = asyncio.create_task(leave())
             return message
 
-        work = asyncio.create_task(self._app(scope, arriving, send))  # type: ignore[arg-type]
+        work: asyncio.Task[None] = asyncio.create_task(self._app(scope, arriving, send))  # type: ignore[arg-type]
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from serve.gate import Admission
 
 
-def _rush(admission: Admission, now: float, seconds: float) -> int:
-    """How many are admitted at once, when each then takes ``seconds`` for everyone before it and itself."""
+def _rush(admission: Admission, now: float, seconds: float, shared: float = 0.0) -> int:
+    """How many are admitted at once, when each then takes ``seconds`` for everyone before it and itself, and ``shared``
+    however many there are."""
     places = []
     while (place := admission.enter(now)) is not None:
         places.append(place)
     for place in places:
-        admission.leave(place, seconds * place)
+        admission.leave(place, shared + seconds * place)
     return len(places)
 
 
@@ -43,10 +44,29 @@ def test_a_growing_queue_does_not_look_fast() -> None:
     assert admission.in_flight <= 11
 
 
-def test_a_burst_may_wait_and_a_standing_queue_is_kept_short() -> None:
-    admission = Admission(100, always=1, max_wait_seconds=1.2)
-    _rush(admission, 0, 0.1)
-    assert 12 <= _rush(admission, 10, 0.1) <= 13
-    assert 4 <= _rush(admission, 10.5, 0.1) <= 5  # more came than could be answered, half a second ago
-    assert 4 <= _rush(admission, 11.4, 0.1) <= 5  # and again
-    assert 12 <= _rush(admission, 20, 0.1) <= 13
+def test_a_burst_may_wait_and_in_an_overload_nobody_waits_much_longer_than_a_search_takes_alone() -> None:
+    admission = Admission(100, always=8, max_wait_seconds=1.2)
+    for now in range(20):
+        _rush(admission, 2 * now, 0.05, shared=0.2)  # a quarter of a second alone, of which a batch shares 0.2
+    burst = _rush(admission, 100, 0.05, shared=0.2)
+    assert 15 <= burst <= 20
+    for now in (100.5, 101.4, 102.3):  # more came than could be answered, less than a second ago
+        overloaded = _rush(admission, now, 0.05, shared=0.2)
+        assert 7 <= overloaded <= 13
+        assert 0.2 + 0.05 * overloaded <= 4 * 0.25  # the last one of them
+    admission.leave(admission.enter(103) or 0, 30.0)  # one upload that was slow
+    assert _rush(admission, 103.2, 0.05, shared=0.2) <= burst
+    for now in range(104, 110):
+        admission.leave(admission.enter(now) or 0, 0.25)
+    assert burst - 2 <= _rush(admission, 120, 0.05, shared=0.2) <= burst + 2
+    assert _rush(admission, 130, 1.0) >= 8  # however slow: so many at once
+    assert _rush(admission, 130.5, 1.0) == 4  # but not in an overload
+
+
+def test_an_overload_before_anything_was_alone() -> None:
+    admission = Admission(100, always=2, max_wait_seconds=1.0)
+    places = [admission.enter(0) or 0 for _ in range(100)]
+    assert admission.enter(0) is None
+    for place in places[1:]:
+        admission.leave(place, 0.1 * place)
+    assert 10 <= len([1 for _ in range(50) if admission.enter(0.5)]) <= 11  # nothing better is known than the limit
