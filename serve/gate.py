@@ -22,6 +22,7 @@ SIGNED_PREFIXES = ("/media/", "/thumb/")
 SEARCH_PATHS = frozenset({"/v1/search", "/v1/search/by-example"})
 UPLOAD_PATH = "/v1/search/by-example"
 MAX_JSON_BYTES = 1_000_000
+_SHORT_BYTES = 16_000
 _CALM_SECONDS = 1.0
 _STANDING = 3.0  # times what a search takes alone
 _FEW = 4  # searches in flight that are never too many, and from which on their times tell what one takes among others
@@ -135,16 +136,17 @@ class Gate:
         limit = self._max_body_bytes if path == UPLOAD_PATH else MAX_JSON_BYTES
         try:
             self._check_key(scope, path, headers)
-            _check_length(headers, limit)
+            if _length(headers) > limit:
+                raise _too_large(limit)
             searching = path in SEARCH_PATHS and scope["method"] == "POST"
             place = self._admission.enter(time.monotonic()) if searching else None
             if searching and place is None:
                 self._metrics.rejected("queue")
                 raise overloaded(self._admission.retry_after())
         except ProblemError as e:
-            # The body was not read: say that the connection ends here, or its bytes would be taken for a request.
+            # The body was not read. A short one goes by; a long one is not waited for: the connection ends here.
             response = e.response()
-            if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+            if "transfer-encoding" in headers or _length(headers) > _SHORT_BYTES:
                 response.headers["Connection"] = "close"
             await response(scope, receive, send)
             return
@@ -197,10 +199,10 @@ def _routed(scope: Scope) -> str:
     return path[len(prefix) :] if prefix and path.startswith(prefix + "/") else path
 
 
-def _check_length(headers: Headers, limit: int) -> None:
+def _length(headers: Headers) -> int:
+    """Bytes of the body as declared; 0 where that is no number, which the HTTP server refuses before."""
     length = headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > limit:
-        raise _too_large(limit)
+    return int(length) if length.isascii() and length.isdigit() else 0
 
 
 def _too_large(limit: int) -> ProblemError:

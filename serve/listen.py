@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _STOP_SECONDS = 5
+_KEEP_ALIVE_SECONDS = 90
 
 
 @contextlib.asynccontextmanager
@@ -41,6 +42,8 @@ async def listening(app: ASGIApp, host: str, port: int, *, body_seconds: float) 
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        # Longer than clients and balancers keep an idle connection, or they would send into one that just ended.
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = uvicorn.Server(config)

@@ -46,9 +46,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def _server(
-    store: Path, backend: WordBackend, *, port: int = 0, body_seconds: float = _WAIT
+    store: Path, backend: WordBackend, *, port: int = 0, body_seconds: float = _WAIT, max_queued: int = 8
 ) -> AsyncIterator[int]:
-    app = build_http(Settings(store=str(store), serve=ServeSettings(request_seconds=_WAIT)), backend)
+    chosen = ServeSettings(request_seconds=_WAIT, max_queued=max_queued)
+    app = build_http(Settings(store=str(store), serve=chosen), backend)
     async with app.router.lifespan_context(app), listening(app, "127.0.0.1", port, body_seconds=body_seconds) as taken:
         yield taken
 
@@ -59,15 +60,20 @@ def _head(length: int, path: str = "/v1/search", method: str = "POST") -> bytes:
     ).encode()
 
 
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
+    """Status, head and body of the next answer."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+    return int(head.split()[1]), head, await reader.readexactly(length)
+
+
 async def _ask(port: int, request: bytes) -> tuple[int, bytes]:
     """Status and body of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-    body = await reader.readexactly(length)
+    status, _, body = await _answer(reader)
     writer.close()
-    return int(head.split()[1]), body
+    return status, body
 
 
 def _run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -119,6 +125,31 @@ async def _statuses(port: int) -> dict[float, float]:
     _, body = await _ask(port, _head(0, "/metrics", "GET"))
     families = {f.name: f for f in text_string_to_metric_families(body.decode())}
     return {float(s.labels["status"]): s.value for s in families["ace_requests"].samples if s.name.endswith("_total")}
+
+
+def test_refused_requests_keep_their_connection_unless_much_would_be_sent(store: Path) -> None:
+    async def test() -> None:
+        backend = SlowBackend(str(store))
+        async with _server(store, backend, max_queued=1) as port:
+            _, busy = await asyncio.open_connection("127.0.0.1", port)
+            busy.write(_head(len(_SEARCH)) + _SEARCH)
+            await backend.began.wait()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for request, expected in (
+                (_head(len(_SEARCH)) + _SEARCH, 429),
+                (_head(len(_SEARCH)) + _SEARCH, 429),
+                (_head(0, "/healthz", "GET"), 200),
+            ):
+                writer.write(request)
+                status, head, _ = await _answer(reader)
+                assert status == expected and "connection: close" not in head
+            writer.write(_head(30_000_000, "/v1/search/by-example"))
+            status, head, _ = await _answer(reader)
+            assert status == 413 and "connection: close" in head
+            assert await reader.read() == b""
+            busy.close()
+
+    _run(test)
 
 
 def test_a_request_that_does_not_arrive_is_given_up(store: Path) -> None:
