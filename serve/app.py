@@ -224,7 +224,8 @@ def run(
     settings = settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})})
     node = ray.util.get_node_ip_address() if here else None
     serve.run(assemble(settings, replica, node=node), name=APP_NAME, route_prefix="/")
-    address = f"http://{'127.0.0.1' if chosen.host == '0.0.0.0' else chosen.host}:{port}"
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
+    address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     _wait_until_ready(address, ready_seconds)
     on_ready(address)
     if blocking:
