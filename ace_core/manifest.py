@@ -22,7 +22,16 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 PartKind = Literal[
-    "features", "captions", "texts", "aligner", "quantizer", "generator", "segment", "snapshot", "evaluation"
+    "features",
+    "captions",
+    "text_encoder",
+    "texts",
+    "aligner",
+    "quantizer",
+    "generator",
+    "segment",
+    "snapshot",
+    "evaluation",
 ]
 
 

@@ -101,7 +101,7 @@ class Retriever:
         snapshot = Snapshot.open(Path(store), snapshot_id, verify=verify)
         wanted = snapshot.manifest.encoder_identities["text"]
         if text_encoder is None or text_encoder.identity != wanted:
-            text_encoder = load_text_encoder(snapshot.manifest.encoders.text, device)
+            text_encoder = load_text_encoder(snapshot.text_encoder, device)
         _same_encoder("text", text_encoder.identity, wanted, snapshot)
         generator_folder = snapshot.model_folder("generator")
         return cls(

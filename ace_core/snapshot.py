@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ace_core.arrays import map_arrays, save_arrays
-from ace_core.config import EncoderSettings
+from ace_core.config import EncoderSettings, TextEncoderSettings
 from ace_core.errors import StoreError
 from ace_core.manifest import (
     MANIFEST_NAME,
@@ -31,7 +31,7 @@ from ace_core.manifest import (
 from ace_core.segment import Segment
 
 CURRENT_NAME = "CURRENT"
-MODEL_KINDS: tuple[Literal["aligner", "quantizer", "generator"], ...] = ("aligner", "quantizer", "generator")
+ModelKind = Literal["text_encoder", "aligner", "quantizer", "generator"]
 
 
 class PartRef(BaseModel):
@@ -47,7 +47,7 @@ class SnapshotManifest(Manifest):
 
     Attributes:
         segments: in search order; the first is the main one.
-        models: aligner, quantizer and generator.
+        models: aligner, quantizer and generator; the text encoder where it was trained on the corpus.
         encoders: settings of the encoders that queries and new items go through.
         encoder_identities: what those encoders were when the corpus was encoded, by ``text`` or modality.
         items: live items (removed ones are not counted), by modality.
@@ -57,7 +57,7 @@ class SnapshotManifest(Manifest):
 
     kind: Literal["snapshot"] = "snapshot"
     segments: tuple[PartRef, ...]
-    models: dict[Literal["aligner", "quantizer", "generator"], PartRef]
+    models: dict[ModelKind, PartRef]
     encoders: EncoderSettings
     encoder_identities: dict[str, str]
     items: dict[str, int]
@@ -131,8 +131,7 @@ class Snapshot:
         manifest = read_manifest(folder, expect="snapshot", model=SnapshotManifest)
         verify_files(folder, manifest, hashes=verify)
         tombstones = map_arrays(folder / "tombstones.safetensors") if "tombstones.safetensors" in manifest.files else {}
-        for kind in MODEL_KINDS:
-            part = manifest.models[kind]
+        for kind, part in manifest.models.items():
             _check_ref(store / kind / part.id, part, manifest.id)
             model: Manifest = read_manifest(store / kind / part.id, expect=kind)
             verify_files(store / kind / part.id, model, hashes=verify)
@@ -153,8 +152,14 @@ class Snapshot:
     def __len__(self) -> int:
         return sum(self.manifest.items.values())
 
-    def model_folder(self, kind: Literal["aligner", "quantizer", "generator"]) -> Path:
+    def model_folder(self, kind: ModelKind) -> Path:
         return self.store / kind / self.manifest.models[kind].id
+
+    @property
+    def text_encoder(self) -> TextEncoderSettings:
+        """What queries are encoded with: where it was trained on the corpus, the snapshot's own."""
+        named = self.manifest.encoders.text
+        return named.in_folder(self.model_folder("text_encoder")) if "text_encoder" in self.manifest.models else named
 
     def find(self, item_id: str) -> tuple[int, int] | None:
         """(segment, row) of a live item, or None. A later segment's item replaces an earlier one's."""
@@ -197,13 +202,12 @@ def _check_ref(folder: Path, ref: PartRef, snapshot_id: str) -> None:
 
 
 def _check_inputs(part: Manifest, snapshot: SnapshotManifest) -> None:
-    """Refuse a part that was made from another aligner, quantizer or generator than the snapshot's."""
-    for kind in MODEL_KINDS:
+    """Refuse a part that was made from other models than the snapshot's."""
+    for kind, model in snapshot.models.items():
         made_from = part.inputs.get(kind)
-        if made_from is not None and made_from != snapshot.models[kind].id:
+        if made_from is not None and made_from != model.id:
             raise StoreError(
-                f"{part.kind} {part.id} was made with {kind} {made_from}, "
-                f"snapshot {snapshot.id} has {kind} {snapshot.models[kind].id}",
+                f"{part.kind} {part.id} was made with {kind} {made_from}, snapshot {snapshot.id} has {kind} {model.id}",
                 where=f"snapshots/{snapshot.id}",
                 remedy="Publish again: parts of different fits cannot be mixed.",
             )

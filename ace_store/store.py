@@ -42,6 +42,7 @@ _FOLDERS: dict[str, str] = {"segment": "segments", "snapshot": "snapshots"}
 _STAGES: dict[str, str] = {
     "features": "ace ingest",
     "captions": "ace caption",
+    "text_encoder": "ace fit text",
     "texts": "ace fit aligner",
     "aligner": "ace fit aligner",
     "quantizer": "ace fit quantizer",

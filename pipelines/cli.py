@@ -113,6 +113,14 @@ def caption(config: ConfigOption = None, changes: SetOption = None, store: Store
     caption_stage(*context_of(config, changes, store))
 
 
+@fit_app.command("text")
+def fit_text(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+    """Train the text encoder on the captions ([bold]text_tuning.layers[/bold]); by default it stays frozen."""
+    from pipelines.fit_text import fit_text_stage
+
+    fit_text_stage(*context_of(config, changes, store))
+
+
 @fit_app.command("aligner")
 def fit_aligner(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
     """Learn the space that captions and media share."""
@@ -139,12 +147,15 @@ def fit_generator(config: ConfigOption = None, changes: SetOption = None, store:
 
 @fit_app.command("all")
 def fit_all(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
-    """Fit the aligner, the quantizer and the generator, one after the other."""
+    """Fit the aligner, the quantizer and the generator, one after the other; before them the text encoder, if set."""
     from pipelines.fit_aligner import fit_aligner_stage
     from pipelines.fit_generator import fit_generator_stage
     from pipelines.fit_quantizer import fit_quantizer_stage
+    from pipelines.fit_text import fit_text_stage
 
     context = context_of(config, changes, store)
+    if context[0].text_tuning.layers:
+        fit_text_stage(*context)
     fit_aligner_stage(*context)
     fit_quantizer_stage(*context)
     fit_generator_stage(*context)

@@ -29,7 +29,7 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
             "text file beside each item; then run `ace ingest` again (nothing is encoded twice).",
         )
     texts = captions_part(corpus, settings, store, reporter)
-    inputs = {"features": features.id, "texts": texts.id}
+    inputs = {"features": features.id, "texts": texts.id} | texts.inputs
     chosen = {"aligner": settings.aligner.model_dump()}
     return fit_part("aligner", _fit, inputs, chosen, settings, store, reporter, _said)
 

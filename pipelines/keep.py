@@ -17,6 +17,7 @@ from pipelines.progress import Reporter
 KINDS: tuple[PartKind, ...] = (
     "features",
     "captions",
+    "text_encoder",
     "texts",
     "aligner",
     "quantizer",
@@ -24,7 +25,7 @@ KINDS: tuple[PartKind, ...] = (
     "segment",
     "snapshot",
 )
-_POINTED: tuple[PartKind, ...] = ("features", "captions", "aligner", "quantizer", "generator")
+_POINTED: tuple[PartKind, ...] = ("features", "captions", "text_encoder", "aligner", "quantizer", "generator")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ace_core.quantize.quantizer import Quantizer
 from ace_core.retriever import Retriever
 from ace_core.segment import Segment
 from ace_core.segment_writer import SegmentWriter
-from ace_core.snapshot import MODEL_KINDS, PartRef, Snapshot, SnapshotManifest, write_snapshot
+from ace_core.snapshot import ModelKind, PartRef, Snapshot, SnapshotManifest, write_snapshot
 from ace_store import Current, Store
 from ace_store.store import folder_of
 from pipelines.assign import assign_identifiers
@@ -30,8 +30,6 @@ from pipelines.corpus import load_captions
 from pipelines.progress import Reporter
 
 PROBES = 8  # captions asked of a new snapshot before it becomes the current one
-
-ModelKind = Literal["aligner", "quantizer", "generator"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class Models:
             "quantizer": generator.inputs["quantizer"],
             "generator": generator_id,
         }
+        if "text_encoder" in generator.inputs:
+            ids["text_encoder"] = generator.inputs["text_encoder"]
         return cls(
             ids,
             generator.inputs["texts"],
@@ -174,7 +174,7 @@ def _by_modality(codes: np.ndarray) -> dict[str, int]:
     return {m.value: int(counts[m.token]) for m in MODALITIES if counts[m.token]}
 
 
-def part_ref(store: Store, kind: Literal["segment", "aligner", "quantizer", "generator"], part_id: str) -> PartRef:
+def part_ref(store: Store, kind: Literal["segment"] | ModelKind, part_id: str) -> PartRef:
     """A snapshot's reference to a part: its id and the SHA-256 of its manifest."""
     data = store.read_bytes(f"{folder_of(kind)}/{part_id}/{MANIFEST_NAME}")
     if data is None:
@@ -211,7 +211,7 @@ def snapshot_manifest(
         "models": models.ids,
         "tombstones": {k: v.tolist() for k, v in tombstones.items() if len(v)},
     }
-    model_refs: dict[ModelKind, PartRef] = {kind: part_ref(store, kind, models.ids[kind]) for kind in MODEL_KINDS}
+    model_refs: dict[ModelKind, PartRef] = {kind: part_ref(store, kind, models.ids[kind]) for kind in models.ids}
     return SnapshotManifest(
         id=fingerprint("snapshot", identity),
         inputs={"features": features.id, "texts": models.texts} | {str(k): v for k, v in models.ids.items()},

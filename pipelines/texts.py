@@ -1,4 +1,4 @@
-"""Features of captions, computed once by the frozen text encoder and kept as a part: both fits read them.
+"""Features of captions, computed once by the text encoder (frozen, or as `ace fit text` left it) and kept as a part.
 
 The part holds ``texts.json`` (the distinct captions) and ``texts.safetensors``: ``pooled`` float32 (n, E_p), ``hidden``
 float16 (n, S, T, E), ``mask`` bool (n, T), written through memory maps so that millions of captions need no memory.
@@ -30,13 +30,15 @@ BATCH = 64
 class EncodeTexts:
     """Encodes captions: a plain class over a dictionary of arrays."""
 
-    def __init__(self, encoder: TextEncoderSettings, *, threads: int, device: str) -> None:
+    def __init__(
+        self, encoder: TextEncoderSettings, trained: str | None, store: str, *, threads: int, device: str
+    ) -> None:
         import torch
 
         from ace_core.encoders import load_text_encoder
 
         torch.set_num_threads(threads)
-        self._encoder = load_text_encoder(encoder, device)
+        self._encoder = load_text_encoder(text_encoder_of(encoder, trained, Store.open(store)), device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``row`` (n,) and ``text`` (n,) in; ``row``, ``pooled`` (n, E_p) float32, ``tokens`` (n,) and ``hidden`` (n,)
@@ -79,17 +81,22 @@ class CaptionFeatures:
         return np.array([self._row_of[t] for t in texts], np.int64)
 
 
-def text_encoder_identity(settings: Settings) -> str:
-    """What the text encoder is."""
-    from ace_core.encoders import load_text_encoder
+def text_encoder_of(encoder: TextEncoderSettings, trained: str | None, store: Store) -> TextEncoderSettings:
+    """Settings by which this machine loads the text encoder.
 
-    return load_text_encoder(settings.encoders.text).identity
+    Args:
+        trained: id of the ``text_encoder`` part, where it was trained on the corpus.
+    """
+    return encoder if trained is None else encoder.in_folder(store.local_copy("text_encoder", trained))
 
 
 def ensure_texts(texts: Sequence[str], settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     """The texts part of these captions; encoded on Ray unless the store has it."""
+    from ace_core.encoders import load_text_encoder
+
     distinct = sorted(set(texts))
-    identity = text_encoder_identity(settings)
+    trained = store.latest("text_encoder").id if settings.text_tuning.layers else None
+    identity = load_text_encoder(text_encoder_of(settings.encoders.text, trained, store)).identity
     part_id = fingerprint("texts", identity, distinct)
     manifest = store.find("texts", part_id)
     if manifest is not None:
@@ -100,7 +107,7 @@ def ensure_texts(texts: Sequence[str], settings: Settings, store: Store, reporte
         (part / "texts.json").write_text(json.dumps(distinct, ensure_ascii=False))
         with reporter.step("encode captions", len(distinct), "captions") as step:
             spilled = []
-            for number, result in enumerate(_encoded(distinct, settings)):
+            for number, result in enumerate(_encoded(distinct, trained, settings, store)):
                 # Lengths are known only at the end, so results wait on disk rather than in memory.
                 path = folder / f"{number}.safetensors"
                 hidden = np.frombuffer(b"".join(result.pop("hidden")), np.float16)
@@ -113,18 +120,21 @@ def ensure_texts(texts: Sequence[str], settings: Settings, store: Store, reporte
             Manifest(
                 kind="texts",
                 id=part_id,
+                inputs={} if trained is None else {"text_encoder": trained},
                 settings=settings.encoders.text.model_dump(),
                 metrics={"captions": len(distinct), "encoder_identity": identity},
             ),
         )
 
 
-def _encoded(texts: list[str], settings: Settings) -> Iterator[dict[str, np.ndarray]]:
+def _encoded(
+    texts: list[str], trained: str | None, settings: Settings, store: Store
+) -> Iterator[dict[str, np.ndarray]]:
     ensure_ray(settings.compute)
     pool = encoder_pool(settings.compute, most=-(-len(texts) // BATCH))
     work = pa.table({"row": np.arange(len(texts)), "text": texts})
     kwargs = {"threads": pool.threads, "device": pool.device}
-    yield from map_rows(work, EncodeTexts, pool, BATCH, (settings.encoders.text,), kwargs)
+    yield from map_rows(work, EncodeTexts, pool, BATCH, (settings.encoders.text, trained, store.uri), kwargs)
 
 
 def _assemble(path: Path, count: int, spilled: list[Path], layers: int) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ace_core.config import Settings
 from ace_core.errors import AceError, StoreError
 from ace_core.manifest import Manifest, PartKind, fingerprint
+from ace_core.snapshot import ModelKind
 from ace_store import Store
 from pipelines.cluster import ensure_ray, reraise, worker_pool
 from pipelines.progress import Reporter, Step
@@ -55,7 +56,7 @@ Fit = Callable[[FitContext], dict[str, Any]]
 
 
 def fit_part(
-    kind: Literal["aligner", "quantizer", "generator"],
+    kind: ModelKind,
     fit: Fit,
     inputs: dict[str, str],
     chosen: dict[str, Any],

@@ -7,7 +7,7 @@ from ace_core.encoders.protocol import MediaEncoder, TextEncoder, TextFeatures
 from ace_core.errors import SettingsError
 from ace_core.items import Modality
 
-__all__ = ["MediaEncoder", "TextEncoder", "TextFeatures", "load_media_encoder", "load_text_encoder"]
+__all__ = ["MediaEncoder", "TextEncoder", "TextFeatures", "load_media_encoder", "load_text_encoder", "text_model_path"]
 
 _MODALITY_OF = {"efficientnet-lite0": Modality.IMAGE, "log-mel": Modality.AUDIO, "frames": Modality.VIDEO}
 
@@ -23,11 +23,25 @@ def load_text_encoder(settings: TextEncoderSettings, device: str = "cpu") -> Tex
         from ace_core.encoders.minilm import MiniLM
 
         return MiniLM(settings, device)
-    if settings.path is None:
-        raise SettingsError("no text model is named", where="encoders.text", remedy="Set encoders.text.path.")
     from ace_core.encoders.text import TransformersText
 
-    return TransformersText(settings.path, settings, device)
+    return TransformersText(text_model_path(settings), settings, device)
+
+
+def text_model_path(settings: TextEncoderSettings) -> str:
+    """The folder or hub name of the text model that the settings name.
+
+    Raises:
+        ModelError: its package is not installed.
+        SettingsError: none is named.
+    """
+    if settings.kind == "minilm":
+        from ace_core.encoders.minilm import minilm_folder
+
+        return str(minilm_folder())
+    if settings.path is None:
+        raise SettingsError("no text model is named", where="encoders.text", remedy="Set encoders.text.path.")
+    return settings.path
 
 
 def load_media_encoder(

