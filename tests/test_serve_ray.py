@@ -149,6 +149,22 @@ def test_a_replica_that_is_killed_is_replaced(served: Served) -> None:
         _wait_for(lambda: any(r.replica != before for r in ace.snapshot().replicas))
 
 
+def test_an_ingress_that_is_killed_listens_again(served: Served) -> None:
+    [actor] = [a for a in ray.util.list_named_actors(all_namespaces=True) if "#Ingress#" in a["name"]]
+    before = actor["name"].rpartition("#")[2]
+    with httpx.Client(base_url=served.address, timeout=30) as kept:  # its connection holds the port as long as it may
+        assert kept.get("/readyz").status_code == 200 and before in kept.get("/metrics").text
+        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+
+        def another_answers() -> bool:
+            try:
+                return kept.get("/readyz").status_code == 200 and before not in kept.get("/metrics").text
+            except httpx.TransportError:
+                return False
+
+        _wait_for(another_answers, 120)
+
+
 def test_light_settings_change_in_place(served: Served) -> None:
     with Client(served.address) as ace:
 
