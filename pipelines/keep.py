@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 from pyarrow import fs
 from rich.table import Table
@@ -14,17 +15,7 @@ from ace_store import Store
 from ace_store.store import folder_of
 from pipelines.progress import Reporter
 
-KINDS: tuple[PartKind, ...] = (
-    "features",
-    "captions",
-    "text_encoder",
-    "texts",
-    "aligner",
-    "quantizer",
-    "generator",
-    "segment",
-    "snapshot",
-)
+KINDS: tuple[PartKind, ...] = tuple(kind for kind in get_args(PartKind) if kind != "evaluation")  # reports are kept
 _POINTED: tuple[PartKind, ...] = ("features", "captions", "text_encoder", "aligner", "quantizer", "generator")
 
 
