@@ -19,6 +19,7 @@ import os
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,13 @@ from ace_core.retriever import Retriever
 from benchmarks import serving_autoscaling, serving_faults, serving_overload
 from benchmarks.measure import table, write_figures
 from benchmarks.serving_load import Load, batches, closed_loop, text_of
-from benchmarks.serving_rival import IvfSearcher, build_ivf
+from benchmarks.serving_rival import MARK, EitherSearcher, build_ivf
 from benchmarks.serving_store import build
 from serve import app
-from serve.replica import Searcher
 
 _PHASES = ("load", "overload", "faults", "autoscaling")
 _USERS = (1, 8, 32)
 _QUANTILES = (0.5, 0.95, 0.99)
-_NODES = 3
 _OBJECT_STORE = 100_000_000
 
 
@@ -65,32 +64,34 @@ def under_load(store: Path, seconds: float, overload_seconds: float, compute: Co
     rows: list[tuple] = [("in process", 1, *alone, float(1 / bare.mean()), 0, 0)]
     spent: list[tuple] = []
     settings = Settings(store=str(store), serve=ServeSettings(port=0, watch_seconds=30), compute=compute)
-    rival_p50 = float("nan")
-    # The rival first: ACE's server goes on into the overload.
-    for name, replica in (("IVF-SQ8", IvfSearcher), ("ACE", Searcher)):
-        address = app.run(settings, blocking=False, on_ready=lambda _: None, replica=replica)
-        closed_loop(address, 4, 1)
+    address = app.run(settings, blocking=False, on_ready=lambda _: None, replica=EitherSearcher)
+    for name, mark in (("IVF-SQ8", MARK), ("ACE", "")):
+        texts = partial(_marked, mark)
+        closed_loop(address, 4, 1, texts=texts)
         for users in _USERS:
-            load = closed_loop(address, users, seconds)
+            load = closed_loop(address, users, seconds, texts=texts)
             times = [load.quantile(q) for q in _QUANTILES]
             rows.append((name, users, *times, load.throughput, load.statuses[429], load.unexplained))
             spent.append((name, users, *_cpu(load)))
-            if replica is Searcher:
+            if not mark:
                 figures |= {f"p{int(q * 100)}_ms_{users}": ms for q, ms in zip(_QUANTILES, times)}
                 figures[f"throughput_{users}"] = load.throughput
             elif users == 1:
-                rival_p50 = times[0]
-        if replica is Searcher:
-            table("ACE: queries decoded together", ("up to", "batches"), batches(address))
-            if overload_seconds:
-                figures |= serving_overload.measure(address, figures["throughput_32"], overload_seconds)
-        app.stop()
+                figures["ivf_p50_ms_1"] = times[0]
+    table("queries decoded together, of both", ("up to", "batches"), batches(address))
+    if overload_seconds:
+        figures |= serving_overload.measure(address, figures["throughput_32"], overload_seconds)
+    app.stop()
     header = ("server", "users", "p50 ms", "p95 ms", "p99 ms", "200/s", "429", "other")
     table("load", header, rows)
     table("CPU ms of a search", ("server", "users", "clients", "proxy", "ingress", "replicas"), spent)
     figures["serving_overhead"] = figures["p50_ms_1"] / figures["in_process_p50_ms"]
-    figures["vs_ivf_behind_same_ingress"] = figures["p50_ms_1"] / rival_p50
+    figures["vs_ivf_behind_same_ingress"] = figures["p50_ms_1"] / figures["ivf_p50_ms_1"]
     return figures
+
+
+def _marked(mark: str, rng: np.random.Generator) -> str:
+    return mark + text_of(rng)
 
 
 def _cpu(load: Load) -> list[float]:
@@ -98,12 +99,12 @@ def _cpu(load: Load) -> list[float]:
     return [1000 * load.cpu.get(role, 0.0) / searches for role in ("clients", "proxy", "ingress", "replicas")]
 
 
-def start_cluster() -> Cluster:
-    """Three nodes on this machine; two CPUs, one and one, as Ray counts them."""
+def start_cluster(nodes: int) -> Cluster:
+    """Nodes on this machine; one CPU each, as Ray counts them, and one more for the first."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(_NODES - 1):
+    for _ in range(nodes - 1):
         cluster.add_node(num_cpus=1, object_store_memory=_OBJECT_STORE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     return cluster
@@ -111,14 +112,15 @@ def start_cluster() -> Cluster:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 items and short phases")
+    parser.add_argument("--quick", action="store_true", help="5,000 items, two nodes, short phases")
     parser.add_argument("--items", type=int, default=None, help="items of the snapshot (1,000,000)")
     parser.add_argument("--only", choices=_PHASES, default=None, help="one phase (overload includes load)")
     parser.add_argument("--proxy", action="store_true", help="behind Ray Serve's proxy (load and overload)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     parser.add_argument("--cache", type=Path, default=None, help="keep the store here")
     chosen = parser.parse_args()
-    items = chosen.items or (20_000 if chosen.quick else 1_000_000)
+    items = chosen.items or (5_000 if chosen.quick else 1_000_000)
+    nodes = 2 if chosen.quick else 3
     phases = _PHASES if chosen.only is None else (chosen.only,)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,21 +128,21 @@ def main() -> None:
         snapshot = build(store, items)
         build_ivf(store, items)
         machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
-        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {_NODES} nodes here")
-        cluster = start_cluster()
+        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {nodes} nodes here")
+        cluster = start_cluster(nodes)
         # Whoever names a cluster is served through its proxies.
         compute = ComputeSettings(address=cluster.address if chosen.proxy else None)
         figures: dict[str, float] = {}
         try:
             if {"load", "overload"} & set(phases):
-                overload = (6.0 if chosen.quick else 60.0) if "overload" in phases else 0.0
-                figures |= under_load(store, 1.5 if chosen.quick else 10.0, overload, compute)
+                overload = (4.0 if chosen.quick else 60.0) if "overload" in phases else 0.0
+                figures |= under_load(store, 1.0 if chosen.quick else 10.0, overload, compute)
             if "faults" in phases:
-                seconds, every = (10.0, 4.0) if chosen.quick else (60.0, 8.0)
-                figures |= serving_faults.measure(store, snapshot, seconds, every)
+                seconds, every = (6.0, 6.0) if chosen.quick else (60.0, 8.0)
+                figures |= serving_faults.measure(store, snapshot, seconds, every, replicas=nodes)
             if "autoscaling" in phases:
                 down = 2.0 if chosen.quick else 15.0
-                figures |= serving_autoscaling.measure(store, nodes=_NODES, scale_down_seconds=down)
+                figures |= serving_autoscaling.measure(store, most=nodes, scale_down_seconds=down)
         finally:
             ray.shutdown()
             cluster.shutdown()

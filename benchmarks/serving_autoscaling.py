@@ -14,7 +14,6 @@ from benchmarks.measure import table
 from benchmarks.serving_load import closed_loop
 from serve import app
 
-MOST = 3
 _USERS = 12
 _MAX_BATCH = 4
 _LIMIT_SECONDS = 120.0
@@ -57,25 +56,25 @@ class Watch(threading.Thread):
         return next((at - since for at, running in self.changes if at > since and running == count), float("nan"))
 
 
-def measure(store: Path, *, nodes: int, scale_down_seconds: float) -> dict[str, float]:
-    """A step of load from nothing to 12 users, and back to nothing."""
+def measure(store: Path, *, most: int, scale_down_seconds: float) -> dict[str, float]:
+    """A step of load from nothing to 12 users, and back to nothing; ``most`` replicas, on as many nodes."""
     chosen = ServeSettings(
-        port=0, replicas=1, max_replicas=MOST, max_batch=_MAX_BATCH, scale_down_seconds=scale_down_seconds
+        port=0, replicas=1, max_replicas=most, max_batch=_MAX_BATCH, scale_down_seconds=scale_down_seconds
     )
     address = app.run(Settings(store=str(store), serve=chosen), blocking=False, on_ready=lambda _: None)
     watch = Watch()
     watch.start()
     began = time.monotonic()
-    load = closed_loop(address, _USERS, _LIMIT_SECONDS, until=lambda: watch.now == MOST)
+    load = closed_loop(address, _USERS, _LIMIT_SECONDS, until=lambda: watch.now == most)
     stopped = time.monotonic()
     watch.wait_for(1)
     watch.end()
     app.stop()
     rows = [(f"{at - began:.1f}", running) for at, running in watch.changes]
-    title = f"replicas on {nodes} nodes; {_USERS} users from 0 to {stopped - began:.1f} s, then none"
+    title = f"replicas on {most} nodes; {_USERS} users from 0 to {stopped - began:.1f} s, then none"
     table(title, ("second", "replicas"), rows)
     return {
-        "scale_up_seconds": watch.first(MOST, began),
+        "scale_up_seconds": watch.first(most, began),
         "scale_down_seconds": watch.first(1, stopped),
         "scale_non_200_429": float(load.unexplained),
     }

@@ -26,7 +26,6 @@ from benchmarks.measure import table
 from benchmarks.serving_load import Load, closed_loop, processes, starting, text_of
 from serve import app
 
-REPLICAS = 3
 _K = 10
 _TEXTS = 40
 _SWITCHES = (0.03, 0.09, 0.15, 0.21, 0.27, 0.33, 0.84, 0.88, 0.92, 0.96)  # as shares of the time
@@ -104,10 +103,10 @@ class Chaos(threading.Thread):
         events: what was done, with monotonic seconds.
     """
 
-    def __init__(self, address: str, store: Path, whole: str, seconds: float, kill_every: float) -> None:
+    def __init__(self, address: str, store: Path, whole: str, seconds: float, kill_every: float, replicas: int) -> None:
         super().__init__(daemon=True)
         self._address, self._store, self._whole = address, store, whole
-        self._seconds, self._kill_every = seconds, kill_every
+        self._seconds, self._kill_every, self.replicas = seconds, kill_every, replicas
         self.done = False
         self.events: list[tuple[str, float]] = []
         self.recovery = float("nan")
@@ -188,20 +187,24 @@ class Chaos(threading.Thread):
             now = time.monotonic()
             # The killed one is among those that were seen until it is seen no more.
             seen = [r for r in self._snapshot().get("replicas", []) if r["seen_seconds_ago"] < _SEEN_SECONDS]
-            if now - began > _SEEN_SECONDS and len(seen) == REPLICAS and {r["snapshot"] for r in seen} == {self._whole}:
+            if (
+                now - began > _SEEN_SECONDS
+                and len(seen) == self.replicas
+                and {r["snapshot"] for r in seen} == {self._whole}
+            ):
                 self.recovery = now - began
                 return
 
 
-def measure(store: Path, whole: str, seconds: float, kill_every: float) -> dict[str, float]:
+def measure(store: Path, whole: str, seconds: float, kill_every: float, *, replicas: int) -> dict[str, float]:
     """All faults during ``seconds`` of load; prints what was answered and what was done."""
     add_snapshots(store, whole)
     rng = np.random.default_rng(5)
     texts = [text_of(rng) for _ in range(_TEXTS)]
     judge = Judge.of(store, (whole, _HALF), texts)
-    serve = ServeSettings(port=0, replicas=REPLICAS, max_replicas=REPLICAS, watch_seconds=0.5)
+    serve = ServeSettings(port=0, replicas=replicas, max_replicas=replicas, watch_seconds=0.5)
     address = app.run(Settings(store=str(store), serve=serve), blocking=False, on_ready=lambda _: None)
-    chaos = Chaos(address, store, whole, seconds, kill_every)
+    chaos = Chaos(address, store, whole, seconds, kill_every, replicas)
     chaos.start()
     load = closed_loop(
         address,
@@ -230,7 +233,7 @@ def _longest_silence(load: Load) -> float:
 
 def _print(load: Load, judge: Judge, chaos: Chaos) -> None:
     done = Counter(what for what, _ in chaos.events)
-    table(f"faults during {load.wall:.0f} s of load, {REPLICAS} replicas", ("event", "times"), list(done.items()))
+    table(f"faults during {load.wall:.0f} s of load, {chaos.replicas} replicas", ("event", "times"), list(done.items()))
     print(f"  the refusal of the damaged snapshot was said: {'yes' if chaos.said else 'no'}")
     rows = [(f"{status} {load.details.get(status, '')}".strip(), n) for status, n in sorted(load.statuses.items())]
     table("answers by status", ("status", "searches"), rows)

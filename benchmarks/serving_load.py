@@ -24,7 +24,7 @@ red green blue small large old new wooden metal quiet loud slow fast bright dark
 tree house river piano guitar drum bell rain wind fire street door window child woman man boat train
 """.split()  # noqa: SIM905
 _ANSWER_SECONDS = 60.0
-_ROLES = {"Searcher": "replicas", "Ingress": "ingress", "ProxyActor": "proxy", "haproxy": "proxy"}
+_ROLES = {"Searcher": "replicas", "Ingress": "ingress", "ProxyActor": "proxy"}
 
 
 def text_of(rng: np.random.Generator) -> str:
@@ -209,7 +209,7 @@ def processes(role: str | None = None) -> dict[int, str]:
         except psutil.Error:  # it ended meanwhile
             continue
         for mark, its_role in _ROLES.items():
-            if name.startswith(("ray::", "haproxy ")) and mark in name and role in (None, its_role):
+            if name.startswith("ray::") and mark in name and role in (None, its_role):
                 found[child.pid] = its_role
     return found
 

@@ -1,4 +1,5 @@
-"""The rival behind the same ingress: the same texts, encoder, aligner and batching; the search is FAISS IVF."""
+"""The rival in the same replica, behind the same ingress: texts, encoder, aligner and batching are the same; the search
+is FAISS IVF. Texts that begin with a mark go there."""
 
 from __future__ import annotations
 
@@ -11,19 +12,22 @@ from ace_core.retriever import Retriever
 from benchmarks.serving_store import vectors
 from serve.replica import Searcher
 
+MARK = "ivf: "
 _IVF_NAME = "rival.faiss"
 _PROBES = 8
 
 
-class IvfRetriever(Retriever):
-    """Answers by IVF over 8-bit vectors instead of a generator over identifiers."""
+class EitherRetriever(Retriever):
+    """Answers marked texts by IVF over 8-bit vectors, others as ever."""
 
     def search_batch(self, requests: list[SearchRequest]) -> list[list[Hit]]:  # type: ignore[override]
+        if not (requests[0].text or "").startswith(MARK):
+            return super().search_batch(requests)
         if not hasattr(self, "_ivf"):
             self._ivf = faiss.read_index(str(self.snapshot.store / _IVF_NAME))
             faiss.ParameterSpace().set_index_parameter(self._ivf, "nprobe", _PROBES)
             faiss.omp_set_num_threads(1)
-        vector = self.encode_texts([r.text or "" for r in requests]).vector.numpy()
+        vector = self.encode_texts([(r.text or "").removeprefix(MARK) for r in requests]).vector.numpy()
         k = max(r.k or self.settings.k for r in requests)
         scores, rows = self._ivf.search(vector, k)
         segment = self.snapshot.segments[0]
@@ -45,13 +49,13 @@ class IvfRetriever(Retriever):
         return answers
 
 
-class IvfSearcher(Searcher):
-    """A replica whose engine searches with :class:`IvfRetriever`."""
+class EitherSearcher(Searcher):
+    """A replica whose engine searches with :class:`EitherRetriever`."""
 
     def __init__(self, *args) -> None:
         from serve import engine
 
-        engine.Retriever = IvfRetriever  # type: ignore[misc]
+        engine.Retriever = EitherRetriever  # type: ignore[misc]
         super().__init__(*args)
 
 
@@ -60,7 +64,7 @@ def build_ivf(store: Path, items: int) -> None:
     if (store / _IVF_NAME).exists():
         return
     dim = Retriever.open(store, verify=False).encode_texts(["a"]).vector.shape[1]
-    lists = 4096 if items >= 500_000 else 256
+    lists = 4096 if items >= 500_000 else min(256, items // 40)
     index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     blocks = vectors(items, dim)
     first = next(blocks)

@@ -51,8 +51,9 @@ def build(path: Path, items: int) -> str:
     encoders, settings = EncoderSettings(), AlignerSettings()
     text = load_text_encoder(encoders.text)
     aligner = Aligner(text.dim, dict.fromkeys(MODALITIES, 8), settings).eval()
-    sample = np.concatenate(list(vectors(_FITTED, settings.dim)))
-    quantizer = fit_quantizer(sample, np.arange(_FITTED) % 3, QuantizerSettings(epochs=2, kmeans_iterations=5))[0]
+    fitted = min(items, _FITTED)
+    sample = np.concatenate(list(vectors(fitted, settings.dim)))
+    quantizer = fit_quantizer(sample, np.arange(fitted) % 3, QuantizerSettings(epochs=2, kmeans_iterations=5))[0]
     generator = Generator(GeneratorSettings(), quantizer, text.width, text.layers).eval()
 
     def part(kind: PartKind, save, inputs: dict[str, str]) -> None:
