@@ -90,8 +90,14 @@ def current_snapshot_id(store: Path) -> str:
         ) from None
 
 
+def unwanted_rows(segment_id: str) -> str:
+    """What a segment's rows that shall stay out of later snapshots are called beside its tombstones."""
+    return f"unwanted/{segment_id}"
+
+
 def write_snapshot(folder: Path, manifest: SnapshotManifest, tombstones: dict[str, np.ndarray]) -> SnapshotManifest:
-    """Write a snapshot's folder; ``tombstones`` maps a segment id to sorted removed rows (int64)."""
+    """Write a snapshot's folder; ``tombstones`` maps a segment id to sorted removed rows (int64), and
+    :func:`unwanted_rows` of it to those of them that were removed by name, not because they were gone or replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(len(rows) for rows in tombstones.values()):
         save_arrays(folder / "tombstones.safetensors", {k: np.asarray(v, np.int64) for k, v in tombstones.items()})
@@ -107,13 +113,14 @@ class Snapshot:
     Attributes:
         store: local store folder.
         segments: opened segments.
-        removed: for each segment, sorted int64 rows of removed items.
+        removed: for each segment, sorted int64 rows of removed items; ``unwanted``, those of them to be kept out.
     """
 
     store: Path
     manifest: SnapshotManifest
     segments: tuple[Segment, ...]
     removed: tuple[np.ndarray, ...]
+    unwanted: tuple[np.ndarray, ...]
 
     @classmethod
     def open(cls, store: Path, snapshot_id: str | None = None, *, verify: bool = True) -> Snapshot:
@@ -142,8 +149,10 @@ class Snapshot:
             segment = Segment(store / "segments" / ref.id, verify=verify)
             _check_inputs(segment.manifest, manifest)
             segments.append(segment)
-        removed = tuple(tombstones.get(ref.id, np.empty(0, np.int64)) for ref in manifest.segments)
-        return cls(store, manifest, tuple(segments), removed)
+        none = np.empty(0, np.int64)
+        removed = tuple(tombstones.get(ref.id, none) for ref in manifest.segments)
+        unwanted = tuple(tombstones.get(unwanted_rows(ref.id), none) for ref in manifest.segments)
+        return cls(store, manifest, tuple(segments), removed, unwanted)
 
     @property
     def id(self) -> str:

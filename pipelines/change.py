@@ -13,18 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ace_core.attributes import FilterValue
+from ace_core.attributes import FilterValue, check_names
 from ace_core.config import Settings
 from ace_core.errors import CorpusError, QueryError, StoreError
 from ace_core.segment import Segment, item_versions
-from ace_core.snapshot import Snapshot, SnapshotManifest
+from ace_core.snapshot import Snapshot, SnapshotManifest, unwanted_rows
 from ace_store import Current, Store
 from pipelines.assign import read_items
 from pipelines.drift import measure_drift
-from pipelines.progress import Reporter
+from pipelines.progress import Reporter, counted
 from pipelines.publish import Models, commit, same_encoders, segment_part, snapshot_manifest
 
 SHOWN = 5  # ids named in a message
+_VERSION = ["item_id", "version"]
 
 
 def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
@@ -45,7 +46,9 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     _report_gone(published, wanted, reporter)
     place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
     same = pc.equal(wanted.column("version"), published.column("version").take(place))
-    rows = np.flatnonzero(~pc.fill_null(same, False).to_numpy())
+    fresh = ~pc.fill_null(same, False).to_numpy()
+    fresh &= ~_kept_out(snapshot, wanted, fresh, reporter)
+    rows = np.flatnonzero(fresh)
     replaced = place.combine_chunks().take(pa.array(rows)).drop_null().to_numpy()
     tombstones = _with_tombstones(snapshot, published, replaced)
     if not len(rows):
@@ -57,7 +60,7 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     manifest = snapshot_manifest(
         store, features, models, [*snapshot.manifest.segments, segment], tombstones, parent=snapshot.id, note="add"
     )
-    reporter.say(f"{len(rows) - len(replaced):,} items added, {len(replaced):,} replaced")
+    reporter.say(f"{counted(len(rows) - len(replaced), 'item')} added, {len(replaced):,} replaced")
     drift = measure_drift(snapshot, Segment(store.local_copy("segment", segment.id), verify=False), store)
     reporter.say(str(drift))
     return commit(store, manifest, tombstones, seen, reporter, started, built=[segment.id])
@@ -71,7 +74,8 @@ def remove_stage(
     filters: Mapping[str, FilterValue] | None = None,
     gone: bool = False,
 ) -> SnapshotManifest:
-    """Publish the current snapshot without some items.
+    """Publish the current snapshot without some items. Those removed by id or attribute stay out of what
+    :func:`add_stage` adds, until they change.
 
     Args:
         ids: items by id.
@@ -97,19 +101,22 @@ def remove_stage(
         )
     leaving = np.zeros(len(published), bool)
     leaving[asked.to_numpy()] = True
+    unwanted = leaving.copy()
     if gone:
         wanted = read_items(store, store.latest("features"), ["item_id"]).column("item_id")
         leaving |= ~pc.is_in(published.column("item_id"), value_set=wanted.combine_chunks()).to_numpy()
     if filters:
+        check_names(filters, [run.type for segment in snapshot.segments for run in segment.attributes])
         passes = [segment.matching(filters) for segment in snapshot.segments]
         number, row = published.column("segment").to_numpy(), published.column("row").to_numpy()
         starts = np.cumsum([0, *(len(p) for p in passes)])
-        leaving |= np.concatenate(passes)[starts[number] + row]
+        unwanted |= np.concatenate(passes)[starts[number] + row]
+    leaving |= unwanted
     if not leaving.any():
         reporter.say(f"snapshot {snapshot.id}: no such item, nothing to remove")
         return snapshot.manifest
-    tombstones = _with_tombstones(snapshot, published, np.flatnonzero(leaving))
-    reporter.say(f"{int(leaving.sum()):,} items removed")
+    tombstones = _with_tombstones(snapshot, published, np.flatnonzero(leaving), np.flatnonzero(unwanted))
+    reporter.say(f"{counted(int(leaving.sum()), 'item')} removed")
     features = store.find("features", snapshot.manifest.inputs["features"])
     if features is None:
         raise StoreError(
@@ -161,20 +168,42 @@ def _published(snapshot: Snapshot) -> pa.Table:
     parts = []
     for number, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed)):
         rows = np.setdiff1d(np.arange(len(segment)), removed, assume_unique=True)
-        part = segment.items.select(["item_id", "version"]).take(pa.array(rows))
+        part = segment.items.select(_VERSION).take(pa.array(rows))
         part = part.append_column("segment", pa.array(np.full(len(rows), number)))
         parts.append(part.append_column("row", pa.array(rows)))
     return pa.concat_tables(parts)
 
 
-def _with_tombstones(snapshot: Snapshot, published: pa.Table, leaving: np.ndarray) -> dict[str, np.ndarray]:
-    """The snapshot's tombstones, and those of rows of ``published`` that leave it."""
-    number = published.column("segment").to_numpy()[leaving]
-    row = published.column("row").to_numpy()[leaving]
-    return {
-        segment.manifest.id: np.union1d(removed, row[number == i]).astype(np.int64)
-        for i, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed))
-    }
+def _with_tombstones(
+    snapshot: Snapshot, published: pa.Table, leaving: np.ndarray, unwanted: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The snapshot's tombstones, and those of rows of ``published`` that leave it; ``unwanted`` are to be kept out."""
+
+    def joined(before: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
+        number, row = (published.column(name).to_numpy()[rows] for name in ("segment", "row"))
+        return [np.union1d(old, row[number == i]).astype(np.int64) for i, old in enumerate(before)]
+
+    ids = [segment.manifest.id for segment in snapshot.segments]
+    kept_out = joined(snapshot.unwanted, np.empty(0, np.int64) if unwanted is None else unwanted)
+    out = dict(zip(ids, joined(snapshot.removed, leaving)))
+    return out | {unwanted_rows(name): rows for name, rows in zip(ids, kept_out) if len(rows)}
+
+
+def _kept_out(snapshot: Snapshot, wanted: pa.Table, fresh: np.ndarray, reporter: Reporter) -> np.ndarray:
+    """(n,) bool: items that were removed by name, and are in the corpus as they were then."""
+    parts = [s.items.select(_VERSION).take(pa.array(rows)) for s, rows in zip(snapshot.segments, snapshot.unwanted)]
+    removed = set(zip(*(pa.concat_tables(parts).column(name).to_pylist() for name in _VERSION)))
+    out = np.zeros(wanted.num_rows, bool)
+    if removed:
+        rows = np.flatnonzero(fresh)
+        some = wanted.take(pa.array(rows))
+        out[rows] = [pair in removed for pair in zip(*(some.column(name).to_pylist() for name in _VERSION))]
+    if out.any():
+        ids = wanted.column("item_id").filter(pa.array(out)).slice(0, SHOWN + 1).to_pylist()
+        reporter.say(
+            f"{counted(int(out.sum()), 'removed item')} kept out ({_some(ids)}); `ace publish` takes all back in"
+        )
+    return out
 
 
 def _versions(items: pa.Table) -> pa.Table:
@@ -186,7 +215,9 @@ def _report_gone(published: pa.Table, wanted: pa.Table, reporter: Reporter) -> N
     gone = published.column("item_id").filter(pc.invert(kept))
     if len(gone):
         some = _some(gone.slice(0, SHOWN + 1).to_pylist())
-        reporter.say(f"{len(gone):,} published items are no longer in the corpus ({some}): `ace remove --gone`")
+        reporter.say(
+            f"published, but no longer in the corpus: {counted(len(gone), 'item')} ({some}): `ace remove --gone`"
+        )
 
 
 def _some(ids: Sequence[str]) -> str:

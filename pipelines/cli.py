@@ -194,7 +194,11 @@ def remove(
     changes: SetOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Take items out of every answer: by id, by attribute, or because their file is gone."""
+    """Take items out of every answer: by id, by attribute, or because their file is gone.
+
+    What was removed by id or attribute stays out of what [bold]ace add[/bold] adds until it changes;
+    [bold]ace publish[/bold] takes the whole corpus in again.
+    """
     from pipelines.change import remove_stage
     from pipelines.search import parse_filters
 

@@ -10,6 +10,7 @@ from ace_core.manifest import Manifest
 from ace_core.segment import Segment
 from ace_core.snapshot import Snapshot
 from ace_store import Store
+from pipelines.progress import counted
 
 # A refit is advised beyond these. The first two are ratios of added to published items; the third is the
 # Jensen-Shannon divergence in bits (0 equal, 1 disjoint) of how both spread over the coarse cells.
@@ -49,11 +50,14 @@ class Drift:
         return self.items >= MIN_ITEMS and (far or crowded or self.balance_shift > MAX_BALANCE_SHIFT)
 
     def __str__(self) -> str:
+        shared, before = 100 * self.collision_rate, 100 * self.collision_before
         text = (
-            f"drift of {self.items:,} added items: quantisation error {self.error_ratio:.2f}x what is to be expected, "
-            f"{100 * self.collision_rate:.1f} % share an identifier (before: {100 * self.collision_before:.1f} %), "
+            f"drift of {counted(self.items, 'added item')}: quantisation error {self.error_ratio:.2f}x what is to be "
+            f"expected, {shared:.1f} % share an identifier (before: {before:.1f} %), "
             f"coarse cells shifted by {self.balance_shift:.2f} bits"
         )
+        if self.items < MIN_ITEMS:
+            return f"{text}; too few to tell whether a refit is due"
         return text + ("; a refit is due (`ace fit all`, `ace publish`)" if self.refit_due else "; no refit needed")
 
 

@@ -25,7 +25,7 @@ from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork
-from pipelines.progress import Reporter, duration
+from pipelines.progress import Reporter, counted, counted_items, duration
 from pipelines.shards import (
     PartWriter,
     carry_over,
@@ -220,17 +220,16 @@ def _disappeared(store: Store, listing: Listing, reporter: Reporter) -> int:
     gone = not_in(before, listing.items.column("item_id").combine_chunks()).column("item_id").to_pylist()
     if gone:
         more = ", ..." if len(gone) > 3 else ""
-        reporter.say(f"{len(gone):,} items of the last ingestion are gone: {', '.join(gone[:3])}{more}")
+        reporter.say(f"gone since the last ingestion: {counted(len(gone), 'item')} ({', '.join(gone[:3])}{more})")
     return len(gone)
 
 
 def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
     metrics = manifest.metrics
-    counts = ", ".join(f"{count:,} {name}" for name, count in metrics["items"].items())
-    reporter.say(f"features {manifest.id}: {counts} in {duration(metrics['seconds'])}")
+    reporter.say(f"features {manifest.id}: {counted_items(metrics['items'])} in {duration(metrics['seconds'])}")
     if metrics["errors"]:
-        total = sum(metrics["errors"].values())
-        reporter.say(f"  {total:,} files could not be used: {_counted(Counter(metrics['errors']))}")
+        total = counted(sum(metrics["errors"].values()), "file")
+        reporter.say(f"  {total} could not be used: {_counted(Counter(metrics['errors']))}")
         names = [name for name in manifest.files if name.startswith("errors/")]
         for row in some_errors(store, manifest.id, names, SHOWN):
             reporter.say(f"    {_told(row)}")

@@ -13,7 +13,7 @@ from ace_core.manifest import MANIFEST_NAME, Manifest, PartKind
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
 from ace_store.store import folder_of
-from pipelines.progress import Reporter
+from pipelines.progress import Reporter, counted, counted_items
 
 KINDS: tuple[PartKind, ...] = tuple(kind for kind in get_args(PartKind) if kind != "evaluation")  # reports are kept
 _POINTED: tuple[PartKind, ...] = ("features", "captions", "text_encoder", "aligner", "quantizer", "generator")
@@ -47,13 +47,16 @@ def status_table(store: Store) -> Table:
             f"{_born(manifest):%Y-%m-%d %H:%M} UTC",
             manifest.note,
             manifest.parent or "",
-            ", ".join(f"{count:,} {name}" for name, count in manifest.items.items()),
+            counted_items(manifest.items),
             f"{manifest.removed:,}",
             str(len(manifest.segments)),
         )
     sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
+    table.caption_justify = "left"
     table.caption = "; ".join(
-        f"{len(held)} {kind} {sum(h.bytes for h in held) / 1e6:,.1f} MB" for kind, held in sizes.items() if held
+        f"{folder_of(kind)} ({len(held)}) {sum(h.bytes for h in held) / 1e6:,.1f} MB"
+        for kind, held in sizes.items()
+        if held
     )
     return table
 
@@ -97,8 +100,8 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
         if not dry_run:
             store.delete(name)
     verb = "would delete" if dry_run else "deleted"
-    also = f", and {len(left)} folders that killed runs left behind" if left else ""
-    reporter.say(f"{verb} {len(doomed)} parts, {freed / 1e6:,.1f} MB{also}")
+    also = f", and {counted(len(left), 'folder')} that killed runs left behind" if left else ""
+    reporter.say(f"{verb} {counted(len(doomed), 'part')}, {freed / 1e6:,.1f} MB{also}")
     return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
 
 

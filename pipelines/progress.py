@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColu
 from rich.table import Table
 
 LOG_SECONDS = 15.0  # between two lines of one step in a log
+_NOUNS = {"image": "image", "audio": "sound", "video": "video"}
 LOG_WIDTH = 160  # columns of a table that goes to a file or another program
 
 
@@ -85,6 +86,16 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """For example "1 item", "1,200 items"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def counted_items(by_modality: Mapping[str, int]) -> str:
+    """For example "1,200 images, 1 sound"."""
+    return ", ".join(counted(count, _NOUNS[name]) for name, count in by_modality.items())
 
 
 class _Figures(TextColumn):

@@ -27,7 +27,7 @@ from ace_store import Current, Store
 from ace_store.store import folder_of
 from pipelines.assign import assign_identifiers
 from pipelines.corpus import load_captions
-from pipelines.progress import Reporter
+from pipelines.progress import Reporter, counted_items
 
 PROBES = 8  # captions asked of a new snapshot before it becomes the current one
 
@@ -196,7 +196,7 @@ def snapshot_manifest(
 
     Args:
         features: the features part that was ingested last.
-        tombstones: segment id to removed rows.
+        tombstones: as :func:`ace_core.snapshot.write_snapshot` takes them.
     """
     texts = store.find("texts", models.texts)
     if texts is None:
@@ -222,7 +222,7 @@ def snapshot_manifest(
         ),
         encoder_identities=known,
         items=items,
-        removed=sum(len(rows) for rows in tombstones.values()),
+        removed=sum(len(tombstones.get(segment.id, ())) for segment in segments),
         parent=parent,
         note=note,
     )
@@ -279,9 +279,8 @@ def commit(
     verify_snapshot(store, manifest.id, built)
     if not store.move_current(manifest.id, seen):
         reporter.say("this file system cannot refuse a second publisher: publish from one place at a time")
-    counts = ", ".join(f"{count:,} {name}" for name, count in manifest.items.items())
     reporter.say(
-        f"snapshot {manifest.id} is published: {counts}"
+        f"snapshot {manifest.id} is published: {counted_items(manifest.items)}"
         + (f", {manifest.removed:,} removed" if manifest.removed else "")
         + f" ({time.monotonic() - started:.1f} s)"
     )

@@ -78,7 +78,7 @@ def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[
     copy.ingest()
     added = add_stage(copy.settings, copy.store, loud)
     said = capsys.readouterr().err
-    assert "1 items added, 1 replaced" in said and "drift of 2 added items" in said
+    assert "1 item added, 1 replaced" in said and "drift of 2 added items" in said and "too few to tell" in said
     assert "images/004.png" in said and "--gone" in said
     assert added.parent == first and len(added.segments) == 2 and added.removed == 1
     assert copy.ids() == before | {"images/new.png"}
@@ -107,6 +107,31 @@ def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[
     assert rollback_stage(copy.store, quiet, last).id == last
 
 
+def test_what_was_removed_by_name_stays_out_until_it_changes(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its file is still in the corpus: the next `ace add` must not bring it back. A file that was gone comes back."""
+    quiet, before = Reporter(quiet=True), copy.ids()
+    green = {r["path"] for r in map(json.loads, (copy.corpus / "captions.jsonl").read_text().splitlines())
+             if r.get("colour") == "green"}  # fmt: skip
+    (copy.corpus / "images" / "004.png").rename(copy.corpus / "kept.bytes")
+    copy.ingest()
+    remove_stage(copy.store, quiet, ids=["images/005.png", "images/007.png"], gone=True)
+    remove_stage(copy.store, quiet, filters={"colour": "green"})
+    out = {"images/005.png", "images/007.png"} | green
+    assert copy.ids() == before - out - {"images/004.png"}
+
+    (copy.corpus / "kept.bytes").rename(copy.corpus / "images" / "004.png")
+    write_picture(copy.corpus / "images" / "007.png", "yellow", "bar", shift=3)
+    copy.ingest()
+    add_stage(copy.settings, copy.store, Reporter())
+    said = capsys.readouterr().err
+    assert f"{len(out - {'images/007.png'})} removed items kept out" in said and "`ace publish`" in said
+    assert copy.ids() == before - out | ({"images/004.png", "images/007.png"} - green)
+    again = copy.store.current().snapshot
+    assert add_stage(copy.settings, copy.store, quiet).id == again  # and the time after that
+    rollback_stage(copy.store, quiet)
+    assert len(Snapshot.open(copy.store.mirror()).unwanted[0]) == len(out)
+
+
 def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
     before = copy.store.current()
     with pytest.raises(QueryError, match=r"not in the snapshot \(nobody\)"):
@@ -114,6 +139,8 @@ def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
     with pytest.raises(QueryError, match="nothing was said"):
         remove_stage(copy.store, Reporter(quiet=True))
     assert remove_stage(copy.store, Reporter(quiet=True), filters={"colour": "plaid"}).id == before.snapshot
+    with pytest.raises(QueryError, match="no item has an attribute 'color'"):
+        remove_stage(copy.store, Reporter(quiet=True), filters={"color": "red"})
     assert copy.store.current() == before
     with pytest.raises(StoreError, match="no snapshot nosuch"):
         rollback_stage(copy.store, Reporter(quiet=True), "nosuch")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.progress import Reporter, Step, duration
+from pipelines.progress import Reporter, Step, counted_items, duration
 
 
 def _reporter(*, terminal: bool, log_seconds: float = 15.0) -> tuple[Reporter, io.StringIO]:
@@ -124,3 +124,7 @@ def test_durations() -> None:
     assert [duration(s) for s in (0.4, 59.4, 60, 3599, 3600, 7500)] == [
         "0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "2 h 05 min",
     ]  # fmt: skip
+
+
+def test_counts_have_their_nouns() -> None:
+    assert counted_items({"image": 1200, "audio": 1, "video": 0}) == "1,200 images, 1 sound, 0 videos"
