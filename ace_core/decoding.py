@@ -239,10 +239,10 @@ def _draft(
 ) -> Rows:  # fmt: skip
     tables = model.one_shot(query)
     if isinstance(walk, Walk):
-        return walk.draft([_numpy(t) for t in tables], keep, walk.masks(masks, len(query)))
+        return walk.draft(_numpy(torch.cat(tables, 1)), keep, walk.masks(masks, len(query)))
     on_device = walk.masks(masks, len(query))
     rows = walk.root(len(query))
-    for log_probs, width in zip(tables, draft_widths(keep, walk.levels)):
+    for log_probs, width in zip(tables, draft_widths(keep, walk.levels, walk.host.depth)):
         rows = walk.expand(rows, log_probs[:, None, :], width, on_device)
     return walk.to_host(rows)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ace_core import kernels
 from ace_core.constraint import ConstraintIndex
 
 if TYPE_CHECKING:  # whoever only looks items up (the server's ingress) needs no torch
@@ -37,6 +39,14 @@ class StoredVectors:
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Vectors (m, D) float32 of some rows."""
         return self.vectors[rows] * self.scales[rows, None]
+
+    def similarities(self, queries: np.ndarray, rows: np.ndarray, chosen: np.ndarray, out: np.ndarray) -> None:
+        """Fill ``out`` (n, c) float32 with inner products of queries (n, D) float32 and rows (n, c), where chosen."""
+        kernels.similarities(queries, *self._addresses, rows, chosen, out)
+
+    @cached_property
+    def _addresses(self) -> tuple[np.uint64, np.uint64]:
+        return _address(self.vectors), _address(self.scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +83,15 @@ def similarity(
     out = np.zeros(candidates.valid.shape, np.float32)
     for number, gallery in enumerate(galleries):
         here = candidates.valid & (candidates.segment == number)
+        if gallery.stored is not None:
+            gallery.stored.similarities(queries, candidates.row, here, out)
+            continue
         query, _ = np.nonzero(here)
         if len(query):
             out[here] = np.einsum("nd,nd->n", queries[query], gallery.vectors(candidates.row[here], quantizer))
     return out
+
+
+def _address(array: np.ndarray) -> np.uint64:
+    assert array.flags.c_contiguous
+    return np.uint64(array.__array_interface__["data"][0])

@@ -224,7 +224,9 @@ def _bases(counts: Sequence[int]) -> np.ndarray:
 
 def _with_buckets(index: ConstraintIndex) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Tokens and int64 pointers of every level, the last one's nodes being distinct identifiers."""
-    tokens = list(index.tokens)
+    codes = np.stack([index.spelled(level) for level in range(index.levels)], 1).astype(np.uint16)
+    index = ConstraintIndex.build(codes, index.vocab_sizes, index.levels - 1)
+    tokens = [*index.tokens, index.tail[:, 0]]
     pointers = [p.astype(np.int64) for p in index.first_child]
     last = tokens[-1]
     begins = np.ones(len(last), bool)

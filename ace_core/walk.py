@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ace_core import kernels
-from ace_core.constraint import ConstraintIndex
+from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 
@@ -72,17 +72,17 @@ class Walk:
                 f"segments have different vocabularies: {[s.vocab_sizes for s in self.segments]}",
                 remedy="All segments of a snapshot must come from one quantizer: publish again.",
             )
-        self._tokens = np.array([_addresses(level) for level in zip(*(s.tokens for s in self.segments))])
-        self._tokens_wide = np.array([t.dtype == np.uint16 for t in self.segments[0].tokens])
-        levels = len(self.vocab_sizes)
-        self._pointers = np.array([_addresses(s.first_child) for s in self.segments], np.uint64)
-        self._pointers = self._pointers.reshape(len(self.segments), levels - 1)
-        self._wide = np.array([any(p.dtype == np.int64 for p in s.first_child) for s in self.segments])
+        self._layout = _layout(self.segments)
+        # a draft expands prefixes of so many tokens, and looks at all items below those that are left; as many for
+        # segments as for the index that they would make together
+        self.depth = max(s.depth for s in self.segments)
+        if len(self.segments) > 1:
+            self.depth = max(self.depth, pointer_levels(self.vocab_sizes, self.items))
         # for each segment: bitmaps of the masks that someone still holds
         self._masks: list[WeakKeyDictionary[ItemMask, tuple[np.ndarray, ...]]] = [
             WeakKeyDictionary() for _ in self.segments
         ]
-        self._roots = np.array([len(s.tokens[0]) for s in self.segments], np.int64)
+        self._roots = np.array([len(s.level_tokens(0)) for s in self.segments], np.int64)
         self._offsets = np.cumsum([0, *self.vocab_sizes])
 
     @property
@@ -127,7 +127,7 @@ class Walk:
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
         following = self._blank(queries, beam, level + 1)
         kernels.expand(
-            self._tokens, self._tokens_wide, self._pointers, self._wide, level, masks.bits,
+            self._layout, level, masks.bits,
             rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live, log_probs, renormalise,
             following.parent, following.low, following.high, following.score, following.codes,
             following.level_log_prob, following.live,
@@ -147,30 +147,35 @@ class Walk:
             level_log_prob=np.zeros((queries, beam, self.levels)),
         )
 
-    def draft(self, log_probs: Sequence[np.ndarray], keep: int, masks: MaskAddresses) -> Rows:
-        """Complete rows by tokens that do not depend on each other: :meth:`expand` over all levels, with the widths
-        of :func:`draft_widths`; one call of a compiled kernel where there is one segment.
+    def draft(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses) -> Rows:
+        """Complete rows by tokens that do not depend on each other: :meth:`expand` for the first ``depth`` tokens, with
+        the widths of :func:`draft_widths`, then all that is below, of which the best rows stay.
 
         Args:
-            log_probs: for each level (n, V_level) float32 or float64, none above zero.
+            log_probs: (n, sum of V_l) float32 or float64, of all levels' tokens side by side, none above zero.
             keep: rows that result.
         """
-        sizes = [table.shape[1] for table in log_probs]
-        if tuple(sizes) != self.vocab_sizes:
-            raise _foreign_model(sizes, self.vocab_sizes)
-        widths = draft_widths(keep, self.levels)
-        if len(self.segments) > 1:
-            rows = self.root(len(log_probs[0]))
-            for table, width in zip(log_probs, widths):
-                rows = self.expand(rows, table[:, None, :], width, masks)
-            return rows
-        rows = self._blank(len(log_probs[0]), keep, self.levels)
-        kernels.draft(
-            self._tokens, self._tokens_wide, self._pointers, self._wide, self._roots[0], masks.bits,
-            np.concatenate(log_probs, axis=1), self._offsets, np.array(widths),
-            rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live,
+        queries = len(log_probs)
+        if log_probs.shape[1] != self._offsets[-1]:
+            raise _foreign_model(log_probs.shape, self.vocab_sizes)
+        widths = draft_widths(keep, self.levels, self.depth)
+        done = self._blank(queries, keep, self.levels)
+        outputs = (done.low, done.high, done.score, done.codes, done.level_log_prob, done.live)
+        if len(self.segments) == 1:
+            kernels.draft(
+                self._layout, self.depth, self._roots[0], masks.bits, log_probs, self._offsets,
+                np.array(widths), *outputs,
+            )  # fmt: skip
+            return done
+        rows = self.root(queries)
+        for level, width in enumerate(widths[: self.depth]):
+            own = log_probs[:, None, self._offsets[level] : self._offsets[level + 1]]
+            rows = self.expand(rows, np.minimum(own, 0), width, masks)
+        kernels.complete(
+            self._layout, self.depth, masks.bits, log_probs, self._offsets,
+            rows.live, rows.low, rows.high, rows.score, rows.codes, *outputs,
         )  # fmt: skip
-        return rows
+        return done
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
@@ -188,7 +193,7 @@ class Walk:
         Returns:
             segment, item, leaf: (n, c) int64, c at most ``limit``; found: (n,) int64, how many of each are real.
         """
-        capacity = int(min(limit, max(1, self.items_below(rows).max(initial=0))))
+        capacity = min(limit, self.items)
         segment, item, leaf = np.zeros((3, len(rows.live), capacity), np.int64)
         found = np.empty(len(rows.live), np.int64)
         kernels.collect(masks.bits, rows.low, rows.high, rows.live, segment, item, leaf, found)
@@ -238,8 +243,9 @@ class Walk:
         known = self._masks[segment].get(mask)
         if known is None:
             below = mask.words
-            bits = [below]
-            for pointers in reversed(self.segments[segment].first_child):
+            index = self.segments[segment]
+            bits = [below] * (self.levels - index.depth)
+            for pointers in reversed(index.first_child):
                 nodes = np.zeros((len(pointers) - 1) // 64 + 1, np.uint64)
                 kernels.mark_parents(below, pointers, nodes)
                 below = nodes
@@ -257,10 +263,15 @@ class MaskAddresses:
     held: tuple[tuple[tuple[np.ndarray | None, ...], ...], ...]
 
 
-def draft_widths(keep: int, levels: int) -> list[int]:
-    """Rows kept at each level of a draft: more in the middle than at its end, because what a coarse prefix promises
-    is a poor guide to its best item, and looking at more prefixes costs less than re-ranking more items."""
-    return [keep if level in (0, 1, levels - 1) else _SPREAD * keep for level in range(levels)]
+def draft_widths(keep: int, levels: int, depth: int) -> list[int]:
+    """Rows kept at each level of a draft whose first ``depth`` levels are prefixes, below which all items are looked at
+    (on a CPU; on an accelerator these widths go on).
+
+    More in the middle than at the end, because what a coarse prefix promises is a poor guide to its best item, and
+    looking at more prefixes costs less than re-ranking more items.
+    """
+    narrow = min(2, depth - 1)
+    return [keep if level < narrow or level == levels - 1 else _SPREAD * keep for level in range(levels)]
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:
@@ -271,4 +282,21 @@ def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreE
 
 
 def _addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
-    return np.array([0 if a is None else a.__array_interface__["data"][0] for a in arrays], np.uint64)
+    return np.array([0 if a is None else _address(a) for a in arrays], np.uint64)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _layout(segments: Sequence[ConstraintIndex]) -> kernels.Layout:
+    levels = range(segments[0].levels)
+    tokens = [[s.level_tokens(level) for s in segments] for level in levels]
+    pointers = [[s.first_child[level] if level < s.depth else None for s in segments] for level in levels]
+    return kernels.Layout(
+        tokens=np.array([_addresses(row) for row in tokens]),
+        wide=np.array([[t.dtype == np.uint16 for t in row] for row in tokens]),
+        strides=np.array([[t.strides[0] // t.itemsize for t in row] for row in tokens], np.int64),
+        pointers=np.array([_addresses(row) for row in pointers]),
+        pointers_wide=np.array([any(p.dtype == np.int64 for p in s.first_child) for s in segments]),
+    )

@@ -67,7 +67,8 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
     trie_begin = time.perf_counter()
     trie = DictTrie(codes.codes)
     trie_seconds = time.perf_counter() - trie_begin
-    static = StaticIndex(ConstraintIndex.build(np.unique(codes.codes, axis=0), codes.vocab_sizes))
+    distinct = np.unique(codes.codes, axis=0)
+    static = StaticIndex(ConstraintIndex.build(distinct, codes.vocab_sizes, depth=distinct.shape[1] - 1))
     rival = prefix_function_step(trie, BEAM)
     masks = walk.masks(None, BATCH)
     some = walk.masks([ItemMask.of(np.random.default_rng(0).random(index.items) < 0.01)], BATCH)

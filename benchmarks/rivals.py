@@ -61,10 +61,10 @@ class StaticIndex:
     gathered to the level's widest row."""
 
     def __init__(self, index: ConstraintIndex) -> None:
-        """Of an index of distinct identifiers: it has no notion of a bucket."""
+        """Of an index of distinct identifiers (STATIC has no buckets) with pointers on all levels but the last."""
         first, second = index.vocab_sizes[:2]
         self.levels = index.levels
-        tokens = [torch.from_numpy(np.asarray(t).astype(np.int32)) for t in index.tokens]
+        tokens = [torch.from_numpy(index.level_tokens(level).astype(np.int32)) for level in range(index.levels)]
         pointers = [torch.from_numpy(np.asarray(p).astype(np.int32)) for p in index.first_child]
         self.dense = torch.full((first, second), -1, dtype=torch.int32)
         parent = np.repeat(np.arange(len(tokens[0])), np.diff(index.first_child[0]))

@@ -16,30 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faiss
-import numba
 import numpy as np
 import torch
 
 from ace_core.constraint import ConstraintIndex
+from ace_core.scoring import StoredVectors
 from ace_core.walk import Walk
 from benchmarks.clustered import Codes, World, coded, queries_near
 from benchmarks.measure import interleaved, table, write_figures
 
 Search = Callable[[np.ndarray], np.ndarray]
 """A query (1, D) to the ids of its ten best items."""
-
-
-@numba.njit(nogil=True, cache=True, fastmath=True)
-def _dots(query, vectors, scales, rows):
-    """Similarities of the query (D,) to 8-bit vectors (n, D) at ``rows``."""
-    out = np.empty(len(rows), np.float32)
-    for i in range(len(rows)):
-        total = np.float32(0)
-        row = vectors[rows[i]]
-        for d in range(len(query)):
-            total += query[d] * row[d]
-        out[i] = total * scales[rows[i]]
-    return out
 
 
 class OneShot:
@@ -51,27 +38,27 @@ class OneShot:
         self.walk = Walk([self.index])
         self._masks = self.walk.masks(None, 1)
         self._table = np.concatenate(codes.codewords)
-        self._edges = np.cumsum(codes.vocab_sizes)[:-1]
-        if vectors is not None:
-            ordered = vectors[codes.order]
-            self.scales = np.abs(ordered).max(1) / 127
-            self.vectors = np.rint(ordered / self.scales[:, None]).astype(np.int8)
+        self.stored = None if vectors is None else StoredVectors.of(vectors[codes.order])
 
     def _candidates(self, query: np.ndarray, draft: int, limit: int) -> np.ndarray:
         scores = query @ self._table.T
-        levels = [s - s.max() for s in np.split(scores, self._edges, axis=1)]  # up to a constant, log-probabilities
-        rows = self.walk.draft(levels, draft, self._masks)
-        return self.walk.collect(rows, self._masks, limit)[1][0]
+        scores -= scores.max()  # up to a constant for each level, log-probabilities
+        rows = self.walk.draft(scores, draft, self._masks)
+        return self.walk.collect(rows, self._masks, limit)[1]
 
     def from_codes(self, draft: int) -> Search:
-        return lambda query: self.codes.order[self._candidates(query, draft, 10)]
+        return lambda query: self.codes.order[self._candidates(query, draft, 10)[0]]
 
     def with_vectors(self, draft: int) -> Search:
+        assert self.stored is not None
+        stored = self.stored
+
         def search(query: np.ndarray) -> np.ndarray:
             rows = self._candidates(query, draft, draft)
-            similar = _dots(query[0], self.vectors, self.scales, rows)
-            best = np.argpartition(-similar, 9)[:10] if len(rows) > 10 else np.arange(len(rows))
-            return self.codes.order[rows[best]]
+            similar = np.empty(rows.shape, np.float32)
+            stored.similarities(query, rows, np.ones(rows.shape, bool), similar)
+            best = np.argpartition(-similar[0], 9)[:10] if rows.shape[1] > 10 else slice(None)
+            return self.codes.order[rows[0, best]]
 
         return search
 
@@ -180,7 +167,8 @@ def main() -> None:
     ways = rivals(x, options.quick, options.cache)
     ours = OneShot(codes, x)
     drafts = (25, 50, 100, 200, 400, 800)
-    vectors = ours.vectors.nbytes + ours.scales.nbytes
+    assert ours.stored is not None
+    vectors = ours.stored.vectors.nbytes + ours.stored.scales.nbytes
     for draft in drafts:
         ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.index.nbytes
         ways[f"one-shot, 8-bit vectors, draft {draft}"] = ours.with_vectors(draft), ours.index.nbytes + vectors

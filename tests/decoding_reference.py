@@ -92,10 +92,14 @@ def reference_beam(model: TableModel, seed: int, codes: np.ndarray, allowed: np.
     return rows
 
 
-def build(codes: np.ndarray, vocab_sizes) -> tuple[ConstraintIndex, np.ndarray, np.ndarray]:
-    """Index, sorted codes, and the order that sorted them."""
+def build(codes: np.ndarray, vocab_sizes, depth=None) -> tuple[ConstraintIndex, np.ndarray, np.ndarray]:
+    """Index, sorted codes, and the order that sorted them.
+
+    Small corpora would have pointers on no level or on one, so any number of levels has some, by the corpus.
+    """
     order = sort_order(codes, vocab_sizes)
-    return ConstraintIndex.build(codes[order], vocab_sizes), codes[order], order
+    depth = (len(codes) + int(codes.sum())) % len(vocab_sizes) if depth is None else depth
+    return ConstraintIndex.build(codes[order], vocab_sizes, depth), codes[order], order
 
 
 @st.composite

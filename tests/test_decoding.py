@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ace_core.config import SearchSettings
+from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import beam_search, one_shot_search, search_candidates, verified_search
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
+from ace_core.identifiers import sort_order
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk, draft_widths
 from tests.decoding_reference import TableModel, build, corpora, queries, reference_beam
@@ -147,8 +149,8 @@ def test_tensors_walk_as_the_kernels_do(corpus, part_of, beam, scoring, seed, sh
     pairs = [
         [beam_search(model, queries([5, 6]), walk, masks, beam=beam, scoring=scoring) for walk in both],
         [beam_search(model, queries([5, 6]), walk, masks[0], beam=beam) for walk in both],
-        [one_shot_search(model, queries([5, 6]), walk, masks, draft=beam) for walk in both],
-        [verified_search(model, queries([5, 6]), walk, draft=beam) for walk in both],
+        [one_shot_search(model, queries([5, 6]), walk, masks, draft=50) for walk in both],
+        [verified_search(model, queries([5, 6]), walk, draft=50) for walk in both],
     ]
     for a, b in pairs:
         assert a.valid.tolist() == b.valid.tolist()
@@ -195,27 +197,45 @@ def test_a_draft_is_a_beam_whose_tokens_do_not_depend_on_each_other(corpus, part
     tables = [t.numpy() for t in model.one_shot(queries([1, 2]))]
     exist = sorted({tuple(c) for c in ordered[alive[order]].tolist()})
     args = {"draft": draft, "limit": 1000}
-    alone = one_shot_search(
-        model, queries([1, 2]), [whole], None if share is None else [ItemMask.of(alive[order])], **args
-    )
-    joint = one_shot_search(model, queries([1, 2]), [s for s, _, _ in split], masks, **args)
+    one = Walk([whole])
+    parts = Walk([s for s, _, _ in split])
+    alone = one_shot_search(model, queries([1, 2]), one, None if share is None else [ItemMask.of(alive[order])], **args)
+    joint = one_shot_search(model, queries([1, 2]), parts, masks, **args)
     for q in range(2):
-        rows = [((), 0.0)] if exist else []
-        for level, width in enumerate(draft_widths(draft, len(sizes))):
-            following = [
-                (score + tables[level][q, t], (*prefix, t))
-                for prefix, score in rows
-                for t in {i[level] for i in exist if i[:level] == prefix}
-            ]
-            rows = [(prefix, score) for score, prefix in sorted(following, reverse=True)[:width]]
-        agree(leaves(alone, q), rows)
-        agree(leaves(joint, q), rows)
-        assert alone.valid[q].sum() == joint.valid[q].sum()
-        found = alone.row[q][alone.valid[q]]
-        assert set(found.tolist()) == {
-            i for i in np.flatnonzero(alive[order]) if tuple(ordered[i]) in {prefix for prefix, _ in rows}
-        }
-        np.testing.assert_allclose(alone.level_log_prob[q].sum(-1), alone.log_prob[q], rtol=1e-4)
+        for found, depth in ((alone, one.depth), (joint, parts.depth)):
+            rows = [((), 0.0)] if exist else []
+            for level, width in enumerate(draft_widths(draft, len(sizes), depth)):
+                following = [
+                    (score + tables[level][q, t], (*prefix, t))
+                    for prefix, score in rows
+                    for t in {i[level] for i in exist if i[:level] == prefix}
+                ]
+                every = depth <= level < len(sizes) - 1
+                kept = sorted(following, reverse=True)[: None if every else width]
+                rows = [(prefix, score) for score, prefix in kept]
+            agree(leaves(found, q), rows)
+            here = found.valid[q]
+            assert here.sum() == sum((ordered[alive[order]] == prefix).all(1).sum() for prefix, _ in rows)
+            np.testing.assert_allclose(found.level_log_prob[q].sum(-1), found.log_prob[q], rtol=1e-4)
+        rows = alone.row[q][alone.valid[q]]
+        spelled = dict(leaves(alone, q))
+        assert set(rows.tolist()) == {i for i in np.flatnonzero(alive[order]) if tuple(ordered[i]) in spelled}
+
+
+@few
+@given(corpora(), st.lists(st.integers(0, 2), min_size=40, max_size=40), st.sampled_from([1, 2, 7]), st.integers(0, 9))
+def test_segments_draft_what_one_rebuilt_index_does(corpus, part_of, draft, seed):
+    codes, sizes = corpus
+    part_of = np.array(part_of[: len(codes)], int)
+    order = np.argsort(part_of, kind="stable")  # equal identifiers stay in the order of segments
+    whole = ConstraintIndex.build(codes[order][sort_order(codes[order], sizes)], sizes)
+    parts = [codes[part_of == p] for p in range(3)]
+    segments = [ConstraintIndex.build(part[sort_order(part, sizes)], sizes) for part in parts]
+    model = TableModel(sizes)
+    joint = one_shot_search(model, queries([seed]), segments, draft=draft, limit=1000)
+    alone = one_shot_search(model, queries([seed]), [whole], draft=draft, limit=1000)
+    agree(leaves(joint, 0), leaves(alone, 0))
+    assert joint.valid.sum() == alone.valid.sum()
 
 
 def test_a_narrow_draft_is_what_is_verified():
@@ -337,8 +357,9 @@ def test_an_impossible_token_is_never_spelled():
 
 def test_pointers_past_two_to_the_31_are_read():
     codes = np.array([[0, 1, 2], [0, 2, 1], [2, 0, 0]], np.uint16)
-    index, _, _ = build(codes, (3, 3, 3))
-    wide = type(index)(index.vocab_sizes, index.tokens, tuple(p.astype(np.int64) for p in index.first_child))
+    index, _, _ = build(codes, (3, 3, 3), 2)
+    pointers = tuple(p.astype(np.int64) for p in index.first_child)
+    wide = type(index)(index.vocab_sizes, index.tokens, pointers, index.tail)
     model = TableModel((3, 3, 3))
     a = beam_search(model, queries([1]), [index], beam=5)
     b = beam_search(model, queries([1]), [wide], beam=5)
@@ -393,10 +414,10 @@ def test_threads_may_search_at_the_same_time():
 def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
     from numba.core.caching import FunctionCache
 
-    from ace_core import kernels
+    from ace_core.kernels.compiled import compiled
 
     def no_place(self, function):
         raise RuntimeError("cannot cache function: no locator available")
 
     monkeypatch.setattr(FunctionCache, "__init__", no_place)
-    assert kernels._compiled(lambda a: a + 1)(1) == 2
+    assert compiled(lambda a: a + 1)(1) == 2

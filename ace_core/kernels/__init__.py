@@ -1,0 +1,20 @@
+"""Compiled loops over the constraint index and the stored vectors (CPU).
+
+Why numba: the walk is a data-dependent loop over a few hundred real children a row, which tensor operations can only
+do by padding every row to its level's vocabulary; a compiled loop looks at the children alone and rejects most of
+them with one comparison. A C++ torch operator would need a compiler on the user's machine.
+
+Arrays of the index are passed as addresses, so one compilation serves any number of segments, 8- and 16-bit tokens,
+32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 15 s once a machine. The kernels are
+serial and release the GIL: threads that search at the same time share nothing but the read-only index (numba's own
+thread pool is not used; its default layer is not thread-safe).
+"""
+
+from ace_core.kernels.compiled import Layout
+from ace_core.kernels.complete import complete
+from ace_core.kernels.draft import draft
+from ace_core.kernels.expand import expand
+from ace_core.kernels.items import collect, mark_parents
+from ace_core.kernels.similarity import similarities
+
+__all__ = ["Layout", "collect", "complete", "draft", "expand", "mark_parents", "similarities"]

@@ -1,0 +1,267 @@
+"""The best identifiers of one segment, where a token's log-probability does not depend on the tokens before it.
+
+Prefixes of the first ``depth`` tokens are expanded level by level; all items below the prefixes that are left are
+then looked at, for they lie side by side. What takes the time is waiting for memory: whatever will be read is asked
+for one loop before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ace_core.kernels.compiled import (
+    NO_MASK,
+    any_bit,
+    child_at,
+    compiled,
+    prefetch,
+    token_at,
+    uint8_at,
+    uint16_at,
+    uint64_at,
+)
+from ace_core.kernels.selection import nth_largest, order_best_first
+
+
+@compiled
+def _cut_nodes(node, parent, score, size, keep, scratch):
+    """:func:`~ace_core.kernels.expand.cut` for nodes or items of one segment."""
+    if size < keep:
+        return size, -np.inf
+    threshold = nth_largest(score, size, keep, scratch)
+    ties = keep
+    for i in range(size):
+        ties -= score[i] > threshold
+    left = 0
+    for i in range(size):
+        value = score[i]
+        tie = (value == threshold) & (ties > 0)
+        ties -= tie
+        node[left] = node[i]
+        parent[left] = parent[i]
+        score[left] = value
+        left += (value > threshold) | tie
+    return left, threshold
+
+
+@compiled
+def _best_children(
+    tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
+):  # fmt: skip
+    """The best ``keep`` allowed children of rows: their nodes, rows and scores. Returns how many."""
+    best = -np.inf
+    for i in range(len(table)):
+        best = max(best, table[i])
+    order_best_first(base, rows, order, other)  # so that the threshold rises at once
+    allowed = uint64_at(bits)
+    size = 0
+    threshold = -np.inf
+    for ordinal in range(rows):
+        r = order[ordinal]
+        if base[r] + best <= threshold:
+            break
+        at, end = low[r], high[r]
+        while True:
+            stop = min(end, at + len(score) - size)
+            if bits == NO_MASK:
+                for i in range(np.uint64(at), np.uint64(stop)):
+                    total = base[r] + table[tokens[i]]
+                    node[size] = i
+                    parent[size] = r
+                    score[size] = total
+                    size += total > threshold
+            else:
+                for i in range(np.uint64(at), np.uint64(stop)):
+                    total = base[r] + table[tokens[i]]
+                    if total > threshold and (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
+                        node[size] = i
+                        parent[size] = r
+                        score[size] = total
+                        size += 1
+            at = stop
+            if at == end:
+                break
+            size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+    return _cut_nodes(node, parent, score, size, keep, scratch)[0]
+
+
+@compiled
+def _same(tokens, stride, count, item, other_item):
+    """Have two items the same ``count`` tokens?"""
+    for i in range(count):  # noqa: SIM110
+        if tokens[item * stride + i] != tokens[other_item * stride + i]:
+            return False
+    return True
+
+
+@compiled
+def _run_end(tokens, stride, count, item, end):
+    """End of the run of items up to ``end`` with the tokens of ``item``."""
+    if item + 1 == end or not _same(tokens, stride, count, item, item + 1):
+        return item + 1
+    low, high = item + 2, end
+    while low < high:
+        middle = (low + high) >> 1
+        if _same(tokens, stride, count, item, middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def _best_items(
+    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch,
+):  # fmt: skip
+    """The best ``keep`` identifiers below rows: their first items, rows and scores. Returns how many.
+
+    tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
+    token begin.
+    """
+    count = len(offsets) - 1
+    first, rest = -np.inf, 0.0  # what the first token, and those after it, add at most
+    for level in range(count):
+        best = -np.inf
+        for i in range(offsets[level], offsets[level + 1]):
+            best = max(best, table[i])
+        if level == 0:
+            first = best
+        else:
+            rest += best
+    own = table[offsets[0] :]
+    allowed = uint64_at(bits)
+    step = np.uint64(stride)
+    size = 0
+    threshold = -np.inf
+    for r in range(rows):
+        bound = threshold - base[r] - rest
+        bound -= 1e-9 * (1.0 + abs(bound))  # sums in another order may differ; the exact comparison follows
+        if first <= bound:
+            continue
+        end = high[r]
+        for i in range(np.uint64(low[r]), np.uint64(end)):
+            value = own[tokens[i * step]]
+            if value > bound:
+                total = base[r] + value
+                for level in range(1, count):
+                    total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
+                if total > threshold:
+                    item = np.int64(i)
+                    # of items with one identifier the first stands for all
+                    if item > low[r] and _same(tokens, stride, count, item - 1, item):
+                        continue
+                    if bits != NO_MASK and not any_bit(allowed, item, _run_end(tokens, stride, count, item, end)):
+                        continue
+                    node[size] = item
+                    parent[size] = r
+                    score[size] = total
+                    size += 1
+                    if size == len(score):
+                        size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+                        bound = threshold - base[r] - rest
+                        bound -= 1e-9 * (1.0 + abs(bound))
+    return _cut_nodes(node, parent, score, size, keep, scratch)[0]
+
+
+@compiled
+def _draft_query(
+    layout, depth, roots, bits, table, offsets, widths, node, parent, score, scratch, order, other, low, high, base,
+    done_low, done_high, done_score, done_codes, done_level_log_prob,
+):  # fmt: skip
+    """:func:`draft` for one query. Returns the number of rows."""
+    levels = len(layout.tokens)
+    rows = 1
+    low[0], high[0], base[0] = 0, roots, 0.0
+    for level in range(depth):
+        address = layout.tokens[level, 0]
+        own = table[offsets[level] : offsets[level + 1]]
+        if layout.wide[level, 0]:
+            rows = _best_children(
+                uint16_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
+                node[level], parent[level], score, scratch, order, other,
+            )  # fmt: skip
+        else:
+            rows = _best_children(
+                uint8_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
+                node[level], parent[level], score, scratch, order, other,
+            )  # fmt: skip
+        pointers, pointers_wide = layout.pointers[level, 0], layout.pointers_wide[0]
+        following = layout.tokens[level + 1, 0]
+        step = np.uint64(layout.strides[level + 1, 0] * (2 if layout.wide[level + 1, 0] else 1))
+        for r in range(rows):
+            begin = child_at(pointers, pointers_wide, node[level, r])
+            end = child_at(pointers, pointers_wide, node[level, r] + 1)
+            low[r], high[r], base[r] = begin, end, score[r]
+            line = following + np.uint64(begin) * step
+            prefetch(line)  # type: ignore[call-arg]
+            if np.uint64(end - begin) * step > np.uint64(48):
+                prefetch(line + np.uint64(64))  # type: ignore[call-arg]
+    address, stride, wide = layout.tokens[depth, 0], layout.strides[depth, 0], layout.wide[depth, 0]
+    keep = len(done_score)
+    room = 2 * keep + 256
+    if wide:
+        size = _best_items(
+            uint16_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
+            node[depth], parent[depth], score[:room], scratch,
+        )  # fmt: skip
+    else:
+        size = _best_items(
+            uint8_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
+            node[depth], parent[depth], score[:room], scratch,
+        )  # fmt: skip
+    order_best_first(score, size, order, other)
+    for at in range(size):
+        slot = order[at]
+        item, r = node[depth, slot], parent[depth, slot]
+        done_score[at] = score[slot]
+        done_low[at, 0] = item
+        if wide:
+            done_high[at, 0] = _run_end(uint16_at(address), stride, levels - depth, item, high[r])
+        else:
+            done_high[at, 0] = _run_end(uint8_at(address), stride, levels - depth, item, high[r])
+        low[at], order[at] = item, r  # from here on the node and the row of each level in turn
+    for level in range(levels - 1, -1, -1):
+        if level < depth:
+            for at in range(size):
+                low[at], order[at] = node[level, order[at]], parent[level, order[at]]
+        address, wide, stride = layout.tokens[level, 0], layout.wide[level, 0], layout.strides[level, 0]
+        own = table[offsets[level] :]
+        for at in range(size):
+            token = token_at(address, wide, stride, low[at])
+            done_codes[at, level] = token
+            done_level_log_prob[at, level] = own[token]
+    return size
+
+
+@compiled
+def draft(
+    layout, depth, roots, bits, log_probs, offsets, widths,
+    done_low, done_high, done_score, done_codes, done_level_log_prob, done_rows,
+):  # fmt: skip
+    """The best identifiers of one segment, for every query.
+
+    What :func:`~ace_core.kernels.expand.expand` and :func:`~ace_core.kernels.complete.complete` find together, in a
+    fraction of their time, for a row is one node here.
+
+    Args (as in :func:`~ace_core.kernels.complete.complete`, with S = 1, and):
+        depth: levels of the segment that have pointers.
+        roots: nodes of the first level; widths: (depth,) prefixes kept at each level.
+    """
+    queries, keep, _ = done_low.shape
+    most = keep
+    for level in range(depth):
+        most = max(most, widths[level])
+    room = 2 * most + 256
+    node, parent = np.empty((depth + 1, room), np.int64), np.empty((depth + 1, room), np.int64)
+    score, scratch = np.empty(room), np.empty(room)
+    order, other = np.empty(room, np.int64), np.empty(room, np.int64)
+    low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
+    table = np.empty(log_probs.shape[1])
+    for q in range(queries):
+        for i in range(len(table)):
+            table[i] = min(np.float64(log_probs[q, i]), 0.0)
+        done_rows[q] = _draft_query(
+            layout, depth, roots, bits[q % bits.shape[0]], table, offsets, widths,
+            node, parent, score, scratch, order, other, low, high, base,
+            done_low[q], done_high[q], done_score[q], done_codes[q], done_level_log_prob[q],
+        )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Compiled helpers: selection against NumPy, and the cache of what was compiled."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ace_core import kernels
+from ace_core.kernels import compiled
+from ace_core.kernels.selection import nth_largest, order_best_first
+from ace_core.scoring import StoredVectors
+
+finite = st.floats(-1e12, 1e12, allow_nan=False)
+scores = st.one_of(
+    st.lists(finite, min_size=1, max_size=300),
+    st.lists(st.sampled_from([0.0, -1.0, -1.5, -1e-310, -1e300]), min_size=1, max_size=300),  # ties, extremes
+)
+
+
+@settings(deadline=None)
+@given(scores, st.data())
+def test_the_nth_largest(values, data):
+    n = data.draw(st.integers(1, len(values)))
+    array = np.array(values)
+    assert nth_largest(array, len(values), n, np.empty(len(values))) == sorted(values)[-n]
+
+
+@settings(deadline=None)
+@given(scores)
+def test_best_first_is_a_stable_sort(values):
+    array = np.array(values)
+    order, other = np.empty((2, len(values)), np.int64)
+    order_best_first(array, len(values), order, other)
+    assert order.tolist() == np.argsort(-array, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("dim", [1, 7, 64, 257])
+def test_similarities_of_chosen_rows(dim):
+    rng = np.random.default_rng(dim)
+    stored = StoredVectors.of(rng.standard_normal((50, dim)).astype(np.float32))
+    queries = rng.standard_normal((3, dim)).astype(np.float32)
+    rows = rng.integers(0, 50, (3, 9))
+    chosen = rng.random((3, 9)) < 0.7
+    out = np.full((3, 9), 7.0, np.float32)
+    stored.similarities(queries, rows, chosen, out)
+    exact = np.einsum("nd,ncd->nc", queries.astype(np.float64), stored.rows(rows.ravel()).reshape(3, 9, dim))
+    np.testing.assert_allclose(out, np.where(chosen, exact, 7.0), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_again_when_any_file_of_the_kernels_changes():
+    for kernel in (kernels.expand, kernels.draft, kernels.similarities):
+        cache = kernel._cache._cache_file  # type: ignore[attr-defined]
+        assert cache._source_stamp == compiled._STAMP  # the name under which numba compares what it finds
