@@ -80,6 +80,16 @@ def test_before_training_spelling_is_exact_search_over_rebuilt_items(quantizer: 
         torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), atol=1e-3, rtol=0)
 
 
+def test_searching_spells_as_training_does(quantizer: Quantizer) -> None:
+    model, query = make(quantizer, trained=True), queries(4)
+    trained = model.one_shot(query)
+    with torch.no_grad():
+        searched = model.one_shot(query)
+    assert trained[1].requires_grad and not searched[1].requires_grad
+    for a, b in zip(trained, searched, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("coarse", [True, False])
 @pytest.mark.parametrize("fine", [True, False])
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ace_core import kernels
 from ace_core.kernels import compiled
 from ace_core.kernels.selection import nth_largest, order_best_first
-from ace_core.scoring import StoredVectors
+from ace_core.scoring import Codewords, StoredVectors
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 scores = st.one_of(
@@ -45,6 +45,19 @@ def test_similarities_of_chosen_rows(dim):
     stored.similarities(queries, rows, chosen, out)
     exact = np.einsum("nd,ncd->nc", queries.astype(np.float64), stored.rows(rows.ravel()).reshape(3, 9, dim))
     np.testing.assert_allclose(out, np.where(chosen, exact, 7.0), rtol=1e-5, atol=1e-5)
+
+
+def test_products_with_short_codewords():
+    rng = np.random.default_rng(0)
+    tables = [rng.standard_normal((m, 65)).astype(np.float32) for m in (1, 7, 30)]
+    queries = rng.standard_normal((5, 65)).astype(np.float32)
+    codewords, words = Codewords(tables), np.concatenate(tables)
+    found = codewords.products(queries)
+    bound = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(words, axis=1) * (65**0.5 / 65534)
+    assert (np.abs(found - queries @ words.T) <= bound + 1e-5).all()
+    assert np.abs(found - queries @ words.T).max() > 0
+    for q in range(5):
+        assert (codewords.products(queries[q : q + 1]) == found[q]).all()
 
 
 def test_compiled_again_when_any_file_of_the_kernels_changes():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +32,7 @@ from ace_core.generator.fusion import CoarseToFineFusion
 from ace_core.items import MODALITIES
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
+from ace_core.scoring import Codewords
 from ace_core.space import unit_query
 
 _START_SCALE = 20.0
@@ -173,10 +175,22 @@ class Generator(nn.Module):
         return self.one_shot_of(vector)
 
     def one_shot_of(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """:meth:`one_shot` of refined queries (n, D)."""
-        scale = self.item_scale
-        levels = [F.log_softmax(scale * (vector @ self._codewords[i].T), -1) for i in range(1, self.levels)]
+        """:meth:`one_shot` of refined queries (n, D); without gradients and on a CPU in 16-bit codewords."""
+        if vector.device.type == "cpu" and not torch.is_grad_enabled():
+            products = torch.from_numpy(self._short_codewords.products(vector.float().contiguous().numpy()))
+        else:
+            products = vector @ torch.cat(list(self._codewords)[1:]).T
+        sizes = self.vocab_sizes[1:]
+        logits = (self.item_scale * products).split(sizes, 1)
+        if len(set(sizes)) == 1:
+            levels = F.log_softmax(torch.stack(logits, 1), -1).unbind(1)
+        else:
+            levels = tuple(F.log_softmax(t, -1) for t in logits)
         return [F.log_softmax(self._modality_logits(vector), -1), *levels]
+
+    @cached_property
+    def _short_codewords(self) -> Codewords:
+        return Codewords([table.detach().cpu().numpy() for table in list(self._codewords)[1:]])
 
     # -- spelling ---------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,6 @@ from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft
 from ace_core.kernels.expand import expand
 from ace_core.kernels.items import collect, mark_parents
-from ace_core.kernels.similarity import similarities
+from ace_core.kernels.similarity import products, similarities
 
-__all__ = ["Layout", "collect", "complete", "draft", "expand", "mark_parents", "similarities"]
+__all__ = ["Layout", "collect", "complete", "draft", "expand", "mark_parents", "products", "similarities"]

@@ -1,4 +1,4 @@
-"""Inner products of queries with some of the stored 8-bit vectors."""
+"""Inner products of queries with integer vectors: some stored items, or all codewords."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ def similarities(queries, vectors, scales, rows, chosen, out):
                 for d in range(dim):
                     total += query[d] * np.float32(vector[d])
                 out[q, i] = total * scale[item]
+
+
+@partial(compiled, fastmath={"reassoc", "nsz", "contract"})
+def products(queries, vectors, scales, out):
+    """Fill ``out`` with all inner products; a query's do not depend on the others.
+
+    Args:
+        queries: (n, D) float32; vectors: (m, D) int16, scales: (m,) float32, which they are multiplied by.
+        out: (n, m) float32.
+    """
+    dim = np.uint64(queries.shape[1])
+    for i in range(len(vectors)):
+        vector = vectors[i]
+        for q in range(len(queries)):
+            query = queries[q]
+            total = np.float32(0)
+            for d in range(dim):
+                total += query[d] * np.float32(vector[d])
+            out[q, i] = total * scales[i]
