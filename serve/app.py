@@ -50,19 +50,20 @@ class ReplicaBackend:
     """The replicas behind a deployment handle. A replica that dies while it answers is replaced by another's answer."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        # Naming a method makes another handle: once is enough.
+        self._search, self._probe, self._state = handle.search, handle.probe, handle.state
 
     async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
-        return await self._ask(lambda: self._handle.search.remote(call))
+        return await self._ask(lambda: self._search.remote(call))
 
     async def probe(self) -> ReplicaState:
-        answer = await self._ask(self._handle.probe.remote)
+        answer = await self._ask(self._probe.remote)
         if isinstance(answer, Refusal):
             raise Unavailable(answer.found)
         return answer
 
     async def state(self) -> ReplicaState:
-        return await self._ask(self._handle.state.remote)
+        return await self._ask(self._state.remote)
 
     async def _ask(self, send: Callable[[], Any]) -> Any:
         for attempt in range(_TRIES):

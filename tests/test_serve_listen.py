@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ace_core.config import ServeSettings, Settings
+from serve.app import ReplicaBackend
+from serve.calls import Options, TextCall
 from serve.http import build_http
 from serve.listen import listening
 from tests.serving_world import WordBackend, draw_corpus, publish
@@ -125,6 +128,36 @@ async def _statuses(port: int) -> dict[float, float]:
     _, body = await _ask(port, _head(0, "/metrics", "GET"))
     families = {f.name: f for f in text_string_to_metric_families(body.decode())}
     return {float(s.labels["status"]): s.value for s in families["ace_requests"].samples if s.name.endswith("_total")}
+
+
+class _Response:
+    """What a deployment handle gives: never done, and may be cancelled."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.asked = asyncio.Event()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        self.asked.set()
+        yield from asyncio.sleep(_WAIT).__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_a_search_that_nobody_waits_for_is_cancelled_at_its_replica() -> None:
+    async def test() -> None:
+        response = _Response()
+        method = SimpleNamespace(remote=lambda *_: response)
+        backend = ReplicaBackend(SimpleNamespace(search=method, probe=method, state=method))  # type: ignore[arg-type]
+        searching = asyncio.create_task(backend.search(TextCall(("a",), Options(k=1), 0.0)))
+        await response.asked.wait()
+        searching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await searching
+        assert response.cancelled
+
+    _run(test)
 
 
 def test_refused_requests_keep_their_connection_unless_much_would_be_sent(store: Path) -> None:
