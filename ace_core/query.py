@@ -49,6 +49,19 @@ class QueryBatch:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What to search by in place of a text.
+
+    Attributes:
+        vector: (D,) float32 query vector in the shared space.
+        items: the items of the snapshot that it is of, as (segment, row); none for a file that is not in the corpus.
+    """
+
+    vector: np.ndarray
+    items: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class SearchRequest:
     """One query, with its own choices; requests of one batch may differ in all of them.
 
@@ -56,12 +69,14 @@ class SearchRequest:
         text: what to look for; or
         vector: (D,) float32 query vector in the shared space (search by example).
         k: results wanted. None takes the setting, as do ``mode`` and ``beam``.
+        examples: the items that ``vector`` is of, as (segment, row): they are what was asked for, and come first.
         modalities: search these only; empty for all.
         filters: attribute filters, see :data:`ace_core.attributes.FilterValue`.
     """
 
     text: str | None = None
     vector: np.ndarray | None = None
+    examples: tuple[tuple[int, int], ...] = ()
     k: int | None = None
     modalities: tuple[Modality, ...] = ()
     filters: Mapping[str, FilterValue] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
 from ace_core.items import MODALITIES, Modality, content_hash
 from ace_core.quantize.quantizer import Quantizer
-from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
+from ace_core.query import Example, Hit, Mode, QueryBatch, SearchRequest
 from ace_core.ranking import Ranker
 from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
@@ -173,7 +173,8 @@ class Retriever:
             beyond = None
             if any(requests[number].filters for number in numbers):
                 beyond = self._mass_unfiltered(model, batch, [requests[number] for number in numbers], mode, beam)
-            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, beyond)):
+            asked_for = self._candidates_of([requests[number].examples for number in numbers], candidates)
+            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, beyond, asked_for)):
                 answers[number] = hits
         return answers
 
@@ -191,8 +192,13 @@ class Retriever:
             vector = self._aligner.text(features.pooled.to(self.device))
         return QueryBatch(vector, features.hidden, features.mask).to(self.device)
 
-    def example_vector(self, modality: Modality, data: bytes) -> np.ndarray:
-        """A file's bytes as a (D,) float32 query vector, to search by example.
+    def example_of_item(self, item_id: str) -> Example | None:
+        """An indexed item as a query, to find more like it; None if there is no such item."""
+        found = self.snapshot.find(item_id)
+        return None if found is None else self._example([found])
+
+    def example_of_file(self, modality: Modality, data: bytes) -> Example:
+        """A file's bytes as a query, to search by example.
 
         A file of the corpus is its own item there, with what its captions say (the mean of its segments, where it was
         cut); any other is encoded.
@@ -201,10 +207,11 @@ class Retriever:
             MediaError, ModelError: as :meth:`encode_media`.
         """
         own = self.snapshot.find_content(content_hash(data))
-        if not own:
-            return self.encode_media(modality, data)
-        vectors = [self._galleries[number].vectors(np.array([row]), self._quantizer)[0] for number, row in own]
-        return _as_query(torch.from_numpy(np.mean(vectors, axis=0, keepdims=True)))
+        return self._example(own) if own else Example(self.encode_media(modality, data))
+
+    def _example(self, items: list[tuple[int, int]]) -> Example:
+        vectors = [self._galleries[number].vectors(np.array([row]), self._quantizer)[0] for number, row in items]
+        return Example(_as_query(torch.from_numpy(np.mean(vectors, axis=0, keepdims=True))), tuple(items))
 
     def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
         """A file's bytes as a (D,) float32 query vector, from its content alone.
@@ -217,14 +224,6 @@ class Retriever:
         raw = encoder.encode([encoder.decode(data)])
         with torch.inference_mode():
             return _as_query(self._aligner.item(modality, torch.from_numpy(raw).to(self.device)))
-
-    def item_vector(self, item_id: str) -> np.ndarray | None:
-        """An indexed item as a (D,) float32 query vector, to find more like it; None if there is no such item."""
-        found = self.snapshot.find(item_id)
-        if found is None:
-            return None
-        gallery, row = self._galleries[found[0]], np.array([found[1]])
-        return _as_query(torch.from_numpy(gallery.vectors(row, self._quantizer)))
 
     def item(self, item_id: str) -> StoredItem | None:
         """What the snapshot holds of an item, or None."""
@@ -316,14 +315,21 @@ class Retriever:
         return self._ranker if self.settings.rerank else GENERATOR_ONLY
 
     def _rank(
-        self, refined: torch.Tensor, candidates: Candidates, kept: Sequence[int], beyond: np.ndarray | None
+        self,
+        refined: torch.Tensor,
+        candidates: Candidates,
+        kept: Sequence[int],
+        beyond: np.ndarray | None,
+        asked_for: np.ndarray,
     ) -> list[list[Hit]]:
-        """The best ``kept`` candidates of each query as hits, by the ranker's score."""
+        """The best ``kept`` candidates of each query as hits, by the ranker's score; before them those (n, c) that the
+        query is an example of, for certain."""
         if not candidates.valid.any():
             return [[] for _ in kept]
         score, similar = self._scored(refined, candidates)
         probability = self._ranking.probability(score, similar, beyond)
-        order = np.argsort(-score, axis=1, kind="stable")
+        probability = np.where(asked_for, 1.0, probability)
+        order = np.argsort(np.where(asked_for, -np.inf, -score), axis=1, kind="stable")
         chosen = [
             (number, int(column))
             for number, limit in enumerate(kept)
@@ -353,6 +359,15 @@ class Retriever:
                 )
             )
         return answers
+
+    @staticmethod
+    def _candidates_of(examples: Sequence[tuple[tuple[int, int], ...]], candidates: Candidates) -> np.ndarray:
+        """(n, c) bool: candidates that are among the items (segment, row) of their query."""
+        out = np.zeros(candidates.valid.shape, bool)
+        for number, items in enumerate(examples):
+            for segment, row in items:
+                out[number] |= (candidates.segment[number] == segment) & (candidates.row[number] == row)
+        return out & candidates.valid
 
     def _read(
         self, candidates: Candidates, chosen: Sequence[tuple[int, int]], dim: int

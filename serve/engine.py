@@ -17,13 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
 from ace_core.config import LimitSettings, SearchSettings
 from ace_core.errors import AceError, MediaError, ModelError, QueryError, StoreError
 from ace_core.items import Modality
-from ace_core.query import Hit, SearchRequest
+from ace_core.query import Example, Hit, SearchRequest
 from ace_core.retriever import Retriever
 from ace_store.store import Store
 from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
@@ -36,21 +35,21 @@ _SEND = "Send a whole picture, sound or clip that a viewer or player opens."
 
 
 @dataclass(frozen=True)
-class _Vector:
-    """An example's query vector, and the snapshot whose aligner made it: vectors of two aligners must not mix."""
+class _Prepared:
+    """An example as a query, and the snapshot whose aligner made it: vectors of two aligners must not mix."""
 
     snapshot: str
-    vector: np.ndarray
+    example: Example
 
 
 @dataclass
 class Waiting:
-    """A call in the queue: when it came (monotonic seconds), its vector if it is a search by example, what that cost,
+    """A call in the queue: when it came (monotonic seconds), its query if it is a search by example, what that cost,
     and whether the caller went away."""
 
     call: TextCall | ExampleCall
     since: float
-    vector: _Vector | None = None
+    prepared: _Prepared | None = None
     example_seconds: float = 0.0
     cancelled: bool = False
 
@@ -113,13 +112,13 @@ class Engine:
         if time.time() > call.deadline:
             return _late()
         try:
-            vector = await asyncio.get_running_loop().run_in_executor(self._media, self._embed, self._live, call)
+            prepared = await asyncio.get_running_loop().run_in_executor(self._media, self._prepare, self._live, call)
         except AceError as e:
             return refusal_of(e)
-        if vector is None:
+        if prepared is None:
             return _missing(call)
         spent = time.monotonic() - since
-        return Waiting(call, time.monotonic(), vector, spent)
+        return Waiting(call, time.monotonic(), prepared, spent)
 
     async def answer(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
         """Answer a batch, every call from the same snapshot, together with the batches that wait with it.
@@ -170,7 +169,7 @@ class Engine:
                 answers[n] = hits
                 continue
             stages = {"queue": started - waiting.since, "search": spent}
-            if waiting.vector is not None:
+            if waiting.prepared is not None:
                 stages["example"] = waiting.example_seconds
             answers[n] = Reply(
                 state=self.state(live),
@@ -190,13 +189,13 @@ class Engine:
             if isinstance(waiting.call, TextCall):
                 requests += [_request(waiting.call.options, text=text) for text in waiting.call.texts]
             else:
-                vector = waiting.vector
-                if vector is None or vector.snapshot != live.snapshot.id:
-                    vector = self._embed(live, waiting.call)
-                if vector is None:  # the item went with the snapshot before
+                prepared = waiting.prepared
+                if prepared is None or prepared.snapshot != live.snapshot.id:
+                    prepared = self._prepare(live, waiting.call)
+                if prepared is None:  # the item went with the snapshot before
                     spans.append(_missing(waiting.call))
                     continue
-                requests.append(_request(waiting.call.options, vector=vector.vector))
+                requests.append(_request(waiting.call.options, example=prepared.example))
             spans.append(slice(first, len(requests)))
         hits = live.search_batch(requests)
         return [s if isinstance(s, Refusal) else tuple(map(tuple, hits[s])) for s in spans]
@@ -208,13 +207,13 @@ class Engine:
             return refusal_of(e)
 
     @staticmethod
-    def _embed(live: Retriever, call: ExampleCall) -> _Vector | None:
-        """The vector of an example; None when there is no such item."""
+    def _prepare(live: Retriever, call: ExampleCall) -> _Prepared | None:
+        """An example as a query; None when there is no such item."""
         if call.item_id is not None:
-            vector = live.item_vector(call.item_id)
+            example = live.example_of_item(call.item_id)
         else:
-            vector = live.example_vector(Modality(call.modality or ""), call.media or b"")
-        return None if vector is None else _Vector(live.snapshot.id, vector)
+            example = live.example_of_file(Modality(call.modality or ""), call.media or b"")
+        return None if example is None else _Prepared(live.snapshot.id, example)
 
     # -- snapshots -------------------------------------------------------------------------------------------
 
@@ -260,10 +259,11 @@ class Engine:
         self._refused = self._reason = None
 
 
-def _request(options: Options, *, text: str | None = None, vector: np.ndarray | None = None) -> SearchRequest:
+def _request(options: Options, *, text: str | None = None, example: Example | None = None) -> SearchRequest:
     return SearchRequest(
         text=text,
-        vector=vector,
+        vector=None if example is None else example.vector,
+        examples=() if example is None else example.items,
         k=options.k,
         modalities=tuple(Modality(m) for m in options.modalities),
         filters=options.filters,
