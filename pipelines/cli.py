@@ -303,7 +303,13 @@ def serve(
     opened.published()
     reporter.say("starting the server ...")
     ensure_ray(settings.compute)
-    run(settings, blocking=True, on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"))
+    run(
+        settings,
+        blocking=True,
+        on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"),
+        on_stop=lambda: reporter.say("stopping the server ..."),
+    )
+    reporter.say("stopped")
 
 
 @app.command()

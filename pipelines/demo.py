@@ -84,6 +84,7 @@ def run_demo(folder: Path, size: DemoSize, changes: list[str], *, port: int, che
             settings,
             blocking=True,
             on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"),
+            on_stop=lambda: reporter.say("stopping the server ..."),
         )
         return
     address = run(settings, blocking=False, on_ready=lambda address: reporter.say(f"search page: {address}"))

@@ -186,6 +186,7 @@ def run(
     blocking: bool = True,
     *,
     on_ready: Callable[[str], None] = print,
+    on_stop: Callable[[], None] = lambda: None,
     ready_seconds: float = 180,
     replica: type[Searcher] = Searcher,
 ) -> str:
@@ -194,6 +195,7 @@ def run(
     Args:
         blocking: serve until interrupted; otherwise return as soon as it answers.
         on_ready: called with the server's address.
+        on_stop: called when it was told to stop (blocking only), before it does, which takes some seconds.
         ready_seconds: how long it may take to start.
         replica: see :func:`assemble`.
 
@@ -231,6 +233,7 @@ def run(
     on_ready(address)
     if blocking:
         _wait_for_the_end()
+        on_stop()
         stop(ray_too=settings.compute.address is None)
     return address
 

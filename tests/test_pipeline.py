@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -166,3 +172,32 @@ def test_a_fit_on_two_workers_resumes_after_losing_one(world: World) -> None:
     assert metrics == {"count": 10}
     started = int(text.split(",")[0].removeprefix("started at "))
     assert 3 <= started <= 5 and text.endswith("workers 2")
+
+
+@pytest.mark.slow
+def test_the_server_says_that_it_stops(world: World, tmp_path: Path) -> None:
+    """`ace serve` as a service manager starts and ends it."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", "0", "--store", world.settings.store]
+    with log.open("wb") as err:
+        server = subprocess.Popen(
+            [*command, "--set", "compute.threads=1"],
+            stderr=err,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 240
+        while "search page: " not in log.read_text():
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        address = log.read_text().partition("search page: ")[2].split()[0]
+        assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(120) == 0
+        assert log.read_text().splitlines()[-2:] == ["stopping the server ...", "stopped"]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{address}/readyz", timeout=60)
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
