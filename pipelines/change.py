@@ -141,12 +141,12 @@ def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = N
     the newest older one.
 
     Raises:
-        StoreError: there is no such snapshot, it is damaged, or another publisher was faster.
+        StoreError: nothing is published, there is no such snapshot, it is damaged, or another publisher was faster.
         CorpusError: there is none before the current one.
     """
     started = time.monotonic()
     seen = store.current()
-    current = store.snapshot(seen.snapshot or "")
+    current = store.snapshot(store.published())
     if snapshot_id is None:
         older = [m.id for m in store.parts("snapshot") if m.created_at < current.created_at]
         if current.parent is None and not older:

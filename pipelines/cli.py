@@ -179,6 +179,7 @@ def add(config: ConfigOption = None, changes: SetOption = None, store: StoreOpti
     from pipelines.ingest import ingest as ingest_stage
 
     context = context_of(config, changes, store)
+    context[1].published()  # said now, not after an ingestion
     ingest_stage(*context)
     add_stage(*context)
 

@@ -9,6 +9,7 @@ from typing import get_args
 from pyarrow import fs
 from rich.table import Table
 
+from ace_core.errors import StoreError
 from ace_core.manifest import MANIFEST_NAME, Manifest, PartKind
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
@@ -32,8 +33,17 @@ class Held:
 
 
 def status_table(store: Store) -> Table:
-    """Snapshots, newest first, and the size of everything else."""
+    """Snapshots, newest first, and the size of everything else.
+
+    Raises:
+        StoreError: there is nothing.
+    """
     current = store.current().snapshot
+    sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
+    if not any(sizes.values()):
+        raise StoreError(
+            "there is nothing in this store", where=store.uri, remedy="Check --store, or begin with `ace ingest`."
+        )
     table = Table(title=store.uri, title_justify="left")
     for name in ("", "snapshot", "made", "by", "from"):
         table.add_column(name)
@@ -51,7 +61,6 @@ def status_table(store: Store) -> Table:
             f"{manifest.removed:,}",
             str(len(manifest.segments)),
         )
-    sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
     table.caption_justify = "left"
     table.caption = "; ".join(
         f"{folder_of(kind)} ({len(held)}) {sum(h.bytes for h in held) / 1e6:,.1f} MB"

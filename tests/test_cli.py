@@ -75,6 +75,10 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
         (["search", "x"], 5, "ace publish"),
         (["evaluate"], 5, "ace publish"),
         (["serve"], 5, "ace publish"),
+        (["add"], 5, "ace publish"),
+        (["rollback"], 5, "ace publish"),
+        (["remove", "x"], 5, "ace publish"),
+        (["status"], 5, "nothing in this store"),
     ],
 )
 def test_mistakes_are_answered_with_a_remedy_and_an_exit_code(
