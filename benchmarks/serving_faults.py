@@ -139,7 +139,8 @@ class Chaos(threading.Thread):
         alive = sorted(pid for pid in processes("replicas") if not starting(pid))
         if alive:
             os.kill(alive[0], signal.SIGKILL)
-        self._note("replica killed" if alive else "no replica up that could be killed")
+        left = len(alive) - 1
+        self._note(f"replica killed, {left} left up" if alive else "no replica up that could be killed")
 
     def _publish(self, name: str, what: str) -> None:
         if self._hidden.exists():  # whoever publishes cannot reach it either

@@ -217,7 +217,8 @@ def processes(role: str | None = None) -> dict[int, str]:
 def starting(pid: int) -> bool:
     """Whether a replica still loads (or is gone)."""
     try:
-        return "__init__" in " ".join(psutil.Process(pid).cmdline())
+        name = " ".join(psutil.Process(pid).cmdline())
+        return "__init__" in name or "initialize_and_get_metadata" in name
     except psutil.Error:
         return True
 
