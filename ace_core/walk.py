@@ -17,7 +17,7 @@ from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 
-_SPREAD = 4
+_SPREAD, _MORE = 4, 800  # prefixes for each row of a draft, and how many more there may be than rows
 
 Masks = Sequence[ItemMask | None]
 """One mask for each segment; None allows all its items."""
@@ -270,8 +270,8 @@ def draft_widths(keep: int, levels: int, depth: int) -> list[int]:
     More in the middle than at the end, because what a coarse prefix promises is a poor guide to its best item, and
     looking at more prefixes costs less than re-ranking more items.
     """
-    narrow = min(2, depth - 1)
-    return [keep if level < narrow or level == levels - 1 else _SPREAD * keep for level in range(levels)]
+    narrow, wide = min(2, depth - 1), min(_SPREAD * keep, keep + _MORE)
+    return [keep if level < narrow or level == levels - 1 else wide for level in range(levels)]
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:
