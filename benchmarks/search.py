@@ -172,7 +172,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     items = options.items or (100_000 if options.quick else 1_000_000)
-    seconds = 6.0 if options.quick else 60.0
+    seconds = 3.0 if options.quick else 60.0
     world = World()
     x = world.matrix(items)
     codes = coded(world, items, cache=options.cache)
