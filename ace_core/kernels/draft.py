@@ -11,7 +11,6 @@ import numpy as np
 
 from ace_core.kernels.compiled import (
     NO_MASK,
-    any_bit,
     child_at,
     compiled,
     prefetch,
@@ -113,7 +112,7 @@ def _run_end(tokens, stride, count, item, end):
 def _best_items(
     tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch,
 ):  # fmt: skip
-    """The best ``keep`` identifiers below rows: their first items, rows and scores. Returns how many.
+    """The best ``keep`` identifiers below rows: their first allowed items, rows and scores. Returns how many.
 
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
     token begin.
@@ -142,15 +141,15 @@ def _best_items(
         for i in range(np.uint64(low[r]), np.uint64(end)):
             value = own[tokens[i * step]]
             if value > bound:
+                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
+                    continue
                 total = base[r] + value
                 for level in range(1, count):
                     total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
                 if total > threshold:
                     item = np.int64(i)
-                    # of items with one identifier the first stands for all
-                    if item > low[r] and _same(tokens, stride, count, item - 1, item):
-                        continue
-                    if bits != NO_MASK and not any_bit(allowed, item, _run_end(tokens, stride, count, item, end)):
+                    # of items with one identifier the first stands for all: it is the last here, or fell below the rest
+                    if size > 0 and parent[size - 1] == r and _same(tokens, stride, count, node[size - 1], item):
                         continue
                     node[size] = item
                     parent[size] = r
