@@ -27,8 +27,11 @@ class Current:
     version: str | None
 
 
-def read_current(location: Location) -> Current:
+def read_current(location: Location, *, damaged: bool = False) -> Current:
     """The published snapshot (None before the first publish).
+
+    Args:
+        damaged: take a file that names none for no snapshot: whoever is about to move it can mend it.
 
     Raises:
         StoreError: the file is not what ``ace publish`` writes.
@@ -47,6 +50,8 @@ def read_current(location: Location) -> Current:
     try:
         snapshot = json.loads(body)["snapshot"]
     except (ValueError, KeyError, TypeError):
+        if damaged:
+            return Current(None, version)
         raise StoreError(
             "CURRENT does not name a snapshot",
             where=location.uri,
@@ -101,7 +106,7 @@ def _other_swap(location: Location, body: bytes, seen: Current) -> bool:
     filesystem = None if handler is None else handler.fs
     guarded = filesystem is not None and _locked(filesystem, lock, location)
     try:
-        if read_current(location) != seen:
+        if read_current(location, damaged=True) != seen:
             raise _conflict(location)
         with location.filesystem.open_output_stream(location.path(CURRENT_NAME)) as f:
             f.write(body)

@@ -262,9 +262,9 @@ class Store(Files):
 
     # -- CURRENT -------------------------------------------------------------------------------------------
 
-    def current(self) -> Current:
-        """The published snapshot."""
-        return read_current(self.location)
+    def current(self, *, damaged: bool = False) -> Current:
+        """The published snapshot, see :func:`ace_store.current.read_current`."""
+        return read_current(self.location, damaged=damaged)
 
     def published(self) -> str:
         """Id of the published snapshot.

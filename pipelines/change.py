@@ -145,9 +145,9 @@ def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = N
         CorpusError: there is none before the current one.
     """
     started = time.monotonic()
-    seen = store.current()
-    current = store.snapshot(store.published())
+    seen = store.current(damaged=snapshot_id is not None)
     if snapshot_id is None:
+        current = store.snapshot(store.published())
         older = [m.id for m in store.parts("snapshot") if m.created_at < current.created_at]
         if current.parent is None and not older:
             raise CorpusError(

@@ -83,7 +83,7 @@ def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> Snaps
         StoreError: parts do not belong together, or another publisher was faster.
     """
     started = time.monotonic()
-    seen = store.current()
+    seen = store.current(damaged=True)
     features, generator = store.latest("features"), store.latest("generator")
     if generator.settings["vectors"] != settings.publish.vectors:
         raise StoreError(

@@ -26,7 +26,7 @@ from pipelines.drift import UNSEEN_ERROR, Drift
 from pipelines.ingest import ingest
 from pipelines.keep import gc_stage
 from pipelines.progress import Reporter
-from pipelines.publish import commit, live_ids, part_ref
+from pipelines.publish import commit, live_ids, part_ref, publish_stage
 from tests.corpora import write_picture
 from tests.world import World
 
@@ -146,6 +146,17 @@ def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
         rollback_stage(copy.store, Reporter(quiet=True), "nosuch")
     with pytest.raises(CorpusError, match="no snapshot before"):
         rollback_stage(copy.store, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize("content", ["junk", '{"snapshot": "gone"}'])
+def test_a_damaged_current_is_mended_by_what_the_error_advises(copy: Copy, content: str) -> None:
+    first, quiet = str(copy.store.current().snapshot), Reporter(quiet=True)
+    (Path(copy.settings.store) / "CURRENT").write_text(content)
+    with pytest.raises(StoreError):
+        rollback_stage(copy.store, quiet)
+    assert rollback_stage(copy.store, quiet, first).id == first == copy.store.current().snapshot
+    (Path(copy.settings.store) / "CURRENT").write_text(content)
+    assert publish_stage(copy.settings, copy.store, quiet).id == copy.store.current().snapshot
 
 
 def test_everything_can_be_removed_and_brought_back(copy: Copy) -> None:
