@@ -106,7 +106,12 @@ def run_fit(
     board: Any = ray.remote(num_cpus=0)(_Board).remote()  # type: ignore[attr-defined]
     name = f"{kind}-{part_id}"
     local = store.local is not None
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C stays what it is elsewhere: Ray's handler ends the process without a word, even after the fit."""
+
+    trainer = Trainer(
         _on_worker,
         train_loop_config={
             "fit": fit,
