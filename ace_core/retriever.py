@@ -21,19 +21,20 @@ from ace_core.aligner import Aligner
 from ace_core.attributes import FilterValue, check_names
 from ace_core.config import LimitSettings, SearchSettings
 from ace_core.decoding import Candidates, search_candidates
-from ace_core.encoders import MediaEncoder, TextEncoder, load_media_encoder, load_text_encoder
-from ace_core.errors import QueryError, StoreError
+from ace_core.encoders import TextEncoder
+from ace_core.errors import QueryError
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
-from ace_core.items import MODALITIES, Modality, content_hash
+from ace_core.items import MODALITIES, Modality
 from ace_core.quantize.quantizer import Quantizer
-from ace_core.query import Example, Hit, Mode, QueryBatch, SearchRequest
+from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
+from ace_core.query_encoder import QueryEncoder
 from ace_core.ranking import Ranker
 from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
-from ace_core.space import cosine, unit_query
+from ace_core.space import cosine
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk
 
@@ -51,25 +52,20 @@ class Retriever:
         self,
         snapshot: Snapshot,
         *,
-        text_encoder: TextEncoder,
-        aligner: Aligner,
+        queries: QueryEncoder,
         quantizer: Quantizer,
         generator: Generator,
         ranker: Ranker,
         settings: SearchSettings,
-        limits: LimitSettings,
         device: str,
     ) -> None:
         self.snapshot = snapshot
         self.settings = settings
-        self._limits = limits
+        self.queries = queries
         self.device = device
-        self._text_encoder = text_encoder
-        self._aligner = aligner.to(device).eval()
         self._quantizer = quantizer
         self._generator = generator.to(device).eval()
         self._ranker = ranker
-        self._media_encoders: dict[Modality, MediaEncoder] = {}
         self._galleries = [segment.gallery for segment in snapshot.segments]
         indexes = [gallery.index for gallery in self._galleries]
         self._walk = Walk(indexes) if device == "cpu" else TensorWalk(indexes, device)
@@ -99,26 +95,25 @@ class Retriever:
             ModelError: the text encoder cannot be had here.
         """
         snapshot = Snapshot.open(Path(store), snapshot_id, verify=verify)
-        wanted = snapshot.manifest.encoder_identities["text"]
-        if text_encoder is None or text_encoder.identity != wanted:
-            text_encoder = load_text_encoder(snapshot.text_encoder, device)
-        _same_encoder("text", text_encoder.identity, wanted, snapshot)
+        quantizer = Quantizer.load(snapshot.model_folder("quantizer"))
+        queries = QueryEncoder(
+            snapshot,
+            Aligner.load(snapshot.model_folder("aligner")),
+            quantizer,
+            limits=limits or LimitSettings(),
+            device=device,
+            text_encoder=text_encoder,
+        )
         generator_folder = snapshot.model_folder("generator")
         return cls(
             snapshot,
-            text_encoder=text_encoder,
-            aligner=Aligner.load(snapshot.model_folder("aligner")),
-            quantizer=Quantizer.load(snapshot.model_folder("quantizer")),
+            queries=queries,
+            quantizer=quantizer,
             generator=Generator.load(generator_folder),
             ranker=Ranker.load(generator_folder / RANKING_NAME),
             settings=settings or SearchSettings(),
-            limits=limits or LimitSettings(),
             device=device,
         )
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        return self._text_encoder
 
     @property
     def threshold(self) -> float:
@@ -156,7 +151,7 @@ class Retriever:
         for number, request in enumerate(requests):
             beam = max(request.beam or self.settings.beam, request.k or self.settings.k)
             groups[request.mode or self.settings.mode, beam].append(number)
-        queries = self._queries(requests) if requests else None
+        queries = self.queries.batch(requests) if requests else None
         for (mode, beam), numbers in groups.items():
             assert queries is not None
             batch = queries[torch.tensor(numbers)]
@@ -178,94 +173,10 @@ class Retriever:
                 answers[number] = hits
         return answers
 
-    def encode_texts(self, texts: Sequence[str]) -> QueryBatch:
-        """Texts as the generator reads them.
-
-        Raises:
-            QueryError: a text is empty.
-        """
-        for text in texts:
-            if not text.strip():
-                raise QueryError("the query is empty", remedy="Describe what to look for.")
-        features = self._text_encoder.encode(list(texts))
-        with torch.inference_mode():
-            vector = self._aligner.text(features.pooled.to(self.device))
-        return QueryBatch(vector, features.hidden, features.mask).to(self.device)
-
-    def example_of_item(self, item_id: str) -> Example | None:
-        """An indexed item as a query, to find more like it; None if there is no such item."""
-        found = self.snapshot.find(item_id)
-        return None if found is None else self._example([found])
-
-    def example_of_file(self, modality: Modality, data: bytes) -> Example:
-        """A file's bytes as a query, to search by example.
-
-        A file of the corpus is its own item there, with what its captions say (the mean of its segments, where it was
-        cut); any other is encoded.
-
-        Raises:
-            MediaError, ModelError: as :meth:`encode_media`.
-        """
-        own = self.snapshot.find_content(content_hash(data))
-        return self._example(own) if own else Example(self.encode_media(modality, data))
-
-    def _example(self, items: list[tuple[int, int]]) -> Example:
-        vectors = [self._galleries[number].vectors(np.array([row]), self._quantizer)[0] for number, row in items]
-        return Example(_as_query(torch.from_numpy(np.mean(vectors, axis=0, keepdims=True))), tuple(items))
-
-    def encode_media(self, modality: Modality, data: bytes) -> np.ndarray:
-        """A file's bytes as a (D,) float32 query vector, from its content alone.
-
-        Raises:
-            MediaError: it cannot be decoded.
-            ModelError: the modality's encoder cannot be had here.
-        """
-        encoder = self._media_encoder(modality)
-        raw = encoder.encode([encoder.decode(data)])
-        with torch.inference_mode():
-            return _as_query(self._aligner.item(modality, torch.from_numpy(raw).to(self.device)))
-
     def item(self, item_id: str) -> StoredItem | None:
         """What the snapshot holds of an item, or None."""
         found = self.snapshot.find(item_id)
         return None if found is None else self.snapshot.segments[found[0]].item(found[1])
-
-    def _media_encoder(self, modality: Modality) -> MediaEncoder:
-        if modality not in self._media_encoders:
-            wanted = self.snapshot.manifest.encoder_identities.get(modality)
-            if wanted is None:
-                raise QueryError(
-                    f"the snapshot has no {modality} items, so it names no {modality} encoder",
-                    remedy="Search by a file of a modality that the corpus holds.",
-                )
-            settings = self.snapshot.manifest.encoders.media(modality)
-            encoder = load_media_encoder(modality, settings, self._limits, self.device)
-            _same_encoder(modality, encoder.identity, wanted, self.snapshot)
-            self._media_encoders[modality] = encoder
-        return self._media_encoders[modality]
-
-    def _queries(self, requests: Sequence[SearchRequest]) -> QueryBatch:
-        """Texts are encoded, vectors enter as virtual queries: both in one batch, in the order of the requests."""
-        texts = [r.text for r in requests if r.vector is None]
-        if any(text is None for text in texts):
-            raise QueryError("the request has neither text nor vector")
-        if not texts:
-            vectors = np.stack([np.asarray(r.vector, np.float32) for r in requests])
-            return QueryBatch(torch.from_numpy(vectors).to(self.device))
-        encoded = self.encode_texts([text for text in texts if text is not None])
-        if len(texts) == len(requests):
-            return encoded
-        assert encoded.hidden is not None and encoded.mask is not None
-        is_text = torch.tensor([r.vector is None for r in requests], device=encoded.vector.device)
-        whole = []
-        for rows in (encoded.vector, encoded.hidden, encoded.mask):
-            out = rows.new_zeros((len(requests), *rows.shape[1:]))
-            out[is_text] = rows
-            whole.append(out)
-        given = np.stack([np.asarray(r.vector, np.float32) for r in requests if r.vector is not None])
-        whole[0][~is_text] = torch.from_numpy(given).to(encoded.vector)
-        # A query whose mask is all False has no token to look at: a virtual query, like one with hidden=None.
-        return QueryBatch(*whole)
 
     def _item_masks(self, request: SearchRequest) -> list[ItemMask | None]:
         """One mask a segment: live items of the wanted modalities that pass the filters; None where all do."""
@@ -390,17 +301,3 @@ def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tupl
         return tuple(Modality(name) for name in names)
     except ValueError:
         raise QueryError(f"unknown modality in {names}", remedy=f"Choose from {', '.join(MODALITIES)}.") from None
-
-
-def _as_query(item: torch.Tensor) -> np.ndarray:
-    """An item's vector (1, D) as a virtual query (D,)."""
-    return unit_query(item.float().cpu())[0].numpy()
-
-
-def _same_encoder(what: str, found: str, wanted: str, snapshot: Snapshot) -> None:
-    if found != wanted:
-        raise StoreError(
-            f"snapshot {snapshot.id} was made with {what} encoder {wanted}, the one here is {found}",
-            where=f"encoders.{what}",
-            remedy="Install the model it was made with, or ingest and fit again.",
-        )

@@ -129,7 +129,7 @@ def _rivals(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Ranks by exact search: in the encoders' own space, where they share one, and by the trained dual tower."""
     pooled = torch.cat(
-        [retriever.text_encoder.encode(texts[i : i + BATCH]).pooled for i in range(0, len(texts), BATCH)]
+        [retriever.queries.text_encoder.encode(texts[i : i + BATCH]).pooled for i in range(0, len(texts), BATCH)]
     )
     ranks = {}
     encoder = load_media_encoder(modality, settings.encoders.media(modality), settings.limits)

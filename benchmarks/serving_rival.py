@@ -27,7 +27,7 @@ class EitherRetriever(Retriever):
             self._ivf = faiss.read_index(str(self.snapshot.store / _IVF_NAME))
             faiss.ParameterSpace().set_index_parameter(self._ivf, "nprobe", _PROBES)
             faiss.omp_set_num_threads(1)
-        vector = self.encode_texts([(r.text or "").removeprefix(MARK) for r in requests]).vector.numpy()
+        vector = self.queries.of_texts([(r.text or "").removeprefix(MARK) for r in requests]).vector.numpy()
         k = max(r.k or self.settings.k for r in requests)
         scores, rows = self._ivf.search(vector, k)
         segment = self.snapshot.segments[0]
@@ -63,7 +63,7 @@ def build_ivf(store: Path, items: int) -> None:
     """Write the rival's index beside the store's parts, unless it is there."""
     if (store / _IVF_NAME).exists():
         return
-    dim = Retriever.open(store, verify=False).encode_texts(["a"]).vector.shape[1]
+    dim = Retriever.open(store, verify=False).queries.of_texts(["a"]).vector.shape[1]
     lists = 4096 if items >= 500_000 else min(256, items // 40)
     index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     blocks = vectors(items, dim)

@@ -210,9 +210,9 @@ class Engine:
     def _prepare(live: Retriever, call: ExampleCall) -> _Prepared | None:
         """An example as a query; None when there is no such item."""
         if call.item_id is not None:
-            example = live.example_of_item(call.item_id)
+            example = live.queries.example_of_item(call.item_id)
         else:
-            example = live.example_of_file(Modality(call.modality or ""), call.media or b"")
+            example = live.queries.example_of_file(Modality(call.modality or ""), call.media or b"")
         return None if example is None else _Prepared(live.snapshot.id, example)
 
     # -- snapshots -------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Engine:
             settings=self._settings,
             limits=self._limits,
             device=self._device,
-            text_encoder=before.text_encoder if before else None,
+            text_encoder=before.queries.text_encoder if before else None,
         )
 
     def _change(self, fresh: Retriever) -> None:

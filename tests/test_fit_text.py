@@ -46,7 +46,7 @@ def test_what_is_published_is_asked_with_the_trained_encoder(settings: Settings)
     elsewhere = Path(settings.store).rename(Path(settings.store).with_name("moved"))  # nothing names the old place
     gc_stage(Store.open(elsewhere), QUIET, keep=0, min_age=timedelta(0), dry_run=False)
     retriever = Retriever.open(elsewhere)
-    assert retriever.text_encoder.identity == snapshot.encoder_identities["text"]
+    assert retriever.queries.text_encoder.identity == snapshot.encoder_identities["text"]
     assert len(retriever.search(["a red square"], k=5)[0]) == 5
 
     shutil.rmtree(elsewhere / "text_encoder" / trained.id)

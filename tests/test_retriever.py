@@ -105,7 +105,7 @@ def test_the_accelerators_walk_answers_the_same(tiny: TinyStore, mode: str) -> N
 
 def test_a_batch_of_different_requests_equals_each_alone(tiny: TinyStore) -> None:
     retriever = _open(tiny)
-    vector = retriever.example_of_item("item-0007").vector
+    vector = retriever.queries.example_of_item("item-0007").vector
     requests = [
         SearchRequest(text=TEXTS[0]),
         SearchRequest(vector=vector, k=3),
@@ -125,7 +125,7 @@ def test_a_batch_of_different_requests_equals_each_alone(tiny: TinyStore) -> Non
 def test_an_item_finds_itself(tiny: TinyStore) -> None:
     retriever = _open(tiny, "int8")
     for item_id in ("item-0000", "item-0001", "item-0299"):
-        example = retriever.example_of_item(item_id)
+        example = retriever.queries.example_of_item(item_id)
         assert example is not None and np.linalg.norm(example.vector[:-1]) == pytest.approx(1, abs=1e-3)
         plain = retriever.search_batch([SearchRequest(vector=example.vector, k=300)])[0]
         hit = max(plain, key=lambda h: h.similarity)
@@ -136,26 +136,26 @@ def test_an_item_finds_itself(tiny: TinyStore) -> None:
         assert [h.item_id for h in hits[1:]] == [h.item_id for h in plain if h.item_id != item_id]
         other = retriever.search_batch([replace(asked, k=3, filters={"number": 5})])[0]
         assert [h.item_id for h in other] == ["item-0005"] and other[0].score < 1
-    assert retriever.example_of_item("nobody") is None
+    assert retriever.queries.example_of_item("nobody") is None
 
 
 def test_a_file_of_the_corpus_is_its_own_item(tiny: TinyStore) -> None:
     """Found by its bytes in any segment, unless it was removed; a file that was cut is the mean of its parts."""
     retriever = _open(tiny, "split")
     for number in (7, 250):
-        found = retriever.example_of_file(Modality.AUDIO, content_of(number))
-        same = retriever.example_of_item(f"item-{number:04d}")
+        found = retriever.queries.example_of_file(Modality.AUDIO, content_of(number))
+        same = retriever.queries.example_of_item(f"item-{number:04d}")
         np.testing.assert_array_equal(found.vector, same.vector)
         assert found.items == same.items and len(found.items) == 1
     parts = [retriever.snapshot.find(f"item-{number:04d}") for number in (298, 299)]
     mean = np.mean([retriever._galleries[n].vectors(np.array([r]), tiny.quantizer)[0, :-1] for n, r in parts], 0)
-    found = retriever.example_of_file(Modality.IMAGE, content_of(299))
+    found = retriever.queries.example_of_file(Modality.IMAGE, content_of(299))
     assert sorted(found.items) == sorted(parts)
     np.testing.assert_allclose(found.vector[:-1], mean / np.linalg.norm(mean), atol=1e-6)
     tiny.publish("removed", ["main", "delta"], {"main": np.array([retriever.snapshot.find("item-0007")[1]])})
     for number in (7, 300):
         with pytest.raises(QueryError, match="names no image encoder"):  # not there: to be encoded
-            _open(tiny, "removed").example_of_file(Modality.IMAGE, content_of(number))
+            _open(tiny, "removed").queries.example_of_file(Modality.IMAGE, content_of(number))
     tiny.publish("one", ["whole"])
 
 
@@ -192,7 +192,7 @@ def test_removed_items_are_gone(tiny: TinyStore) -> None:
     row = retriever.snapshot.find(best)[1]
     tiny.publish("removed", ["whole"], {"whole": np.array([row])})
     after = _open(tiny, "removed")
-    assert after.item(best) is None and after.example_of_item(best) is None
+    assert after.item(best) is None and after.queries.example_of_item(best) is None
     found = after.search(TEXTS[:1], k=300)[0]
     assert len(found) == 299 and best not in {h.item_id for h in found}
     tiny.publish("empty", ["whole"], {"whole": np.arange(300)})
@@ -235,7 +235,7 @@ def test_bad_queries(tiny: TinyStore) -> None:
     with pytest.raises(QueryError, match="unknown modality"):
         retriever.search(["x"], modality="smell")
     with pytest.raises(QueryError, match="names no image encoder"):
-        retriever.encode_media(retriever.item("item-0000").modality, b"")
+        retriever.queries.encode_media(retriever.item("item-0000").modality, b"")
 
 
 def test_parts_that_do_not_belong_together_are_refused_by_name(tiny: TinyStore, tmp_path: Path) -> None:
