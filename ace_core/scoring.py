@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ace_core import kernels
 from ace_core.constraint import ConstraintIndex
 
-if TYPE_CHECKING:  # whoever only looks items up (the server's ingress) needs no torch
+# Whoever only looks items up (the server's ingress) needs neither torch nor the compiled loops.
+if TYPE_CHECKING:
     from ace_core.decoding import Candidates
     from ace_core.quantize.quantizer import Quantizer
 
@@ -42,6 +42,8 @@ class StoredVectors:
 
     def similarities(self, queries: np.ndarray, rows: np.ndarray, chosen: np.ndarray, out: np.ndarray) -> None:
         """Fill ``out`` (n, c) float32 with inner products of queries (n, D) float32 and rows (n, c), where chosen."""
+        from ace_core import kernels
+
         kernels.similarities(queries, *self._addresses, rows, chosen, out)
 
     @cached_property
@@ -65,6 +67,8 @@ class Codewords:
 
     def products(self, queries: np.ndarray) -> np.ndarray:
         """(n, sum of V_l) float32 of queries (n, D) float32; a query's are the same in any batch."""
+        from ace_core import kernels
+
         out = np.empty((len(queries), len(self._words)), np.float32)
         kernels.products(queries, self._words, self._scales, out)
         return out
