@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -17,6 +16,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -31,7 +31,7 @@ from serve.calls import Backend, ExampleCall, TextCall
 from serve.catalog import cluster_name, parse_cluster
 from serve.gate import Gate
 from serve.listen import listening
-from serve.problems import ProblemError, invalid_request, no_such_item, not_json, of_status
+from serve.problems import ProblemError, invalid_request, no_such_item, of_status
 from serve.schema import (
     ClusterChild,
     ClusterResponse,
@@ -176,13 +176,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
 
 def _parse(model: type[Body], data: bytes) -> Body:
     try:
-        body = json.loads(data)
-    except ValueError as e:
-        raise not_json(e) from None
-    try:
         return model.model_validate_json(data)
     except ValidationError as e:
-        raise invalid_request([dict(error) for error in e.errors(include_url=False)], body) from None
+        errors = [dict(error) for error in e.errors(include_url=False)]
+        body = None if errors[0]["type"] == "json_invalid" else from_json(data)
+        raise invalid_request(errors, body) from None
 
 
 def _example_content() -> dict[str, Any]:
