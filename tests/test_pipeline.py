@@ -174,6 +174,18 @@ def test_a_fit_on_two_workers_resumes_after_losing_one(world: World) -> None:
     assert 3 <= started <= 5 and text.endswith("workers 2")
 
 
+def test_a_fit_leaves_ctrl_c_as_it_is(world: World) -> None:
+    """Ray Train's own handler would end the process without a word, and stay after the fit."""
+    before = signal.getsignal(signal.SIGINT)
+    with run_fit("aligner", "leaves", _no_fit, {}, world.settings, world.store, Reporter(quiet=True)):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def _no_fit(context: FitContext) -> dict[str, Any]:
+    return {}
+
+
 @pytest.mark.slow
 def test_the_server_says_that_it_stops(world: World, tmp_path: Path) -> None:
     """`ace serve` as a service manager starts and ends it."""
