@@ -251,18 +251,22 @@ def ablation(
 
 
 def mixed(systems: dict[str, System], world: World, report: Report) -> None:
-    """One generator for all modalities against one for each, every query in the gallery of its own modality."""
+    """One generator for all modalities against one for each, every query in the gallery of its own modality: answers
+    re-ranked by 8-bit vectors, and what the generators find alone."""
     for name, rows in world.data.rows_of_modality().items():
         for kind, asked in (("unseen", world.unseen.of(rows)), ("seen", world.seen.of(rows))):
             if not len(asked.at):
                 continue
-            ranks = {which: systems[which].ranks(asked, rows) for which in ("joint", name)}
-            for which, found in ranks.items():
-                report.row(f"{name}, {kind}: {which} generator", found, len(rows), asked.gold)
-            difference = compare(
-                ranks["joint"], ranks[name], 10, groups=asked.gold, resamples=report.resamples, difference=True
-            )
-            report.note(f"mixed_{name}_{kind}_joint_minus_alone_r10", difference)
+            for what, alone in (("", False), (" alone", True)):
+                ranks = {which: systems[which].ranks(asked, rows, alone=alone) for which in ("joint", name)}
+                for which, found in ranks.items():
+                    report.row(f"{name}, {kind}: {which} generator{what}", found, len(rows), asked.gold)
+                for k in (1, 10):
+                    difference = compare(
+                        ranks["joint"], ranks[name], k, groups=asked.gold, resamples=report.resamples, difference=True
+                    )
+                    suffix = "_generator_alone" if alone else ""
+                    report.note(f"mixed_{name}_{kind}_joint_minus_alone_r{k}{suffix}", difference)
     report.show("one generator for several modalities, and one for each")
 
 
