@@ -50,6 +50,10 @@ class ItemMask:
         below = (np.uint64(1) << (items & 63).astype(np.uint64)) - np.uint64(1)
         return self.before[word].astype(np.int64) + np.bitwise_count(self.words[word] & below)
 
+    def allows(self, item: int) -> bool:
+        """Whether one item is allowed."""
+        return bool(int(self.words[item >> 6]) >> (item & 63) & 1)
+
     def to_bool(self) -> np.ndarray:
         """(items,) bool."""
         return np.unpackbits(self.words.view(np.uint8), count=self.items, bitorder="little").astype(bool)

@@ -23,6 +23,7 @@ from ace_core.config import LimitSettings, SearchSettings
 from ace_core.decoding import Candidates, search_candidates
 from ace_core.encoders import TextEncoder
 from ace_core.errors import QueryError
+from ace_core.examples import with_examples
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
@@ -156,11 +157,12 @@ class Retriever:
             assert queries is not None
             batch = queries[torch.tensor(numbers)]
             model = ReadOnce(self._generator, batch)
+            masks = [self._item_masks(requests[number]) for number in numbers]
             candidates = search_candidates(
                 model,
                 batch,
                 self._walk,
-                [self._item_masks(requests[number]) for number in numbers],
+                masks,
                 settings=self.settings.model_copy(update={"mode": mode}),
                 beam=beam,
             )
@@ -168,7 +170,8 @@ class Retriever:
             beyond = None
             if any(requests[number].filters for number in numbers):
                 beyond = self._mass_unfiltered(model, batch, [requests[number] for number in numbers], mode, beam)
-            asked_for = self._candidates_of([requests[number].examples for number in numbers], candidates)
+            examples = [requests[number].examples for number in numbers]
+            candidates, asked_for = with_examples(candidates, examples, model, batch, self._galleries, masks)
             for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, beyond, asked_for)):
                 answers[number] = hits
         return answers
@@ -270,15 +273,6 @@ class Retriever:
                 )
             )
         return answers
-
-    @staticmethod
-    def _candidates_of(examples: Sequence[tuple[tuple[int, int], ...]], candidates: Candidates) -> np.ndarray:
-        """(n, c) bool: candidates that are among the items (segment, row) of their query."""
-        out = np.zeros(candidates.valid.shape, bool)
-        for number, items in enumerate(examples):
-            for segment, row in items:
-                out[number] |= (candidates.segment[number] == segment) & (candidates.row[number] == row)
-        return out & candidates.valid
 
     def _read(
         self, candidates: Candidates, chosen: Sequence[tuple[int, int]], dim: int

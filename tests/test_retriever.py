@@ -139,6 +139,30 @@ def test_an_item_finds_itself(tiny: TinyStore) -> None:
     assert retriever.queries.example_of_item("nobody") is None
 
 
+@pytest.mark.parametrize("mode", ["beam", "one-shot", "verify"])
+def test_an_example_comes_first_though_the_search_missed_it(tiny: TinyStore, mode: str) -> None:
+    retriever = _open(tiny, "split", mode=mode, beam=1, draft=1, pool=0, k=2)
+    numbers = range(0, 300, 5)
+    examples = [retriever.queries.example_of_item(f"item-{n:04d}") for n in numbers]
+    plain = [SearchRequest(vector=e.vector) for e in examples]
+    asked = [replace(r, examples=e.items) for r, e in zip(plain, examples)]
+    missed = 0
+    for n, without, hits in zip(numbers, retriever.search_batch(plain), retriever.search_batch(asked)):
+        missed += f"item-{n:04d}" not in {h.item_id for h in without}
+        assert hits[0].item_id == f"item-{n:04d}" and hits[0].score == 1.0
+        assert hits[0].log_prob == pytest.approx(np.log(hits[0].level_probs).sum(), abs=1e-4)
+        rest = [h.item_id for h in without if h.item_id != hits[0].item_id]
+        assert [h.item_id for h in hits[1:]] == rest[:1]
+    assert missed > 5
+    odd = retriever.search_batch([replace(r, filters={"parity": "odd"}) for r in asked])
+    for n, hits in zip(numbers, odd):
+        assert all(h.attributes["parity"] == "odd" for h in hits)
+        assert (hits[0].item_id == f"item-{n:04d}") == (n % 2 == 1) == (hits[0].score == 1.0)
+    # Beside a text, and where the filter leaves nothing at all.
+    none = replace(asked[0], filters={"number": {"exists": False}})
+    assert [len(hits) for hits in retriever.search_batch([SearchRequest(text=TEXTS[0]), none])] == [2, 0]
+
+
 def test_a_file_of_the_corpus_is_its_own_item(tiny: TinyStore) -> None:
     """Found by its bytes in any segment, unless it was removed; a file that was cut is the mean of its parts."""
     retriever = _open(tiny, "split")
