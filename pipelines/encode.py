@@ -21,7 +21,7 @@ from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality, content_hash
 from ace_core.media.causes import Cause, check_seconds
-from ace_core.media.segments import cut
+from ace_core.media.segments import SLACK, cut
 from ace_store import ItemReader, open_location
 
 Span = tuple[float, float] | None  # start and end of a segment in seconds; None for a whole file
@@ -190,13 +190,13 @@ class EncodeItems:
 
     def _parts(self, whole: _Loaded, data: bytes) -> list[_Loaded]:
         with self._encoder.decoder.opened(data) as media:
-            seconds = media.seconds()
-            spans = cut(seconds, self._segment_seconds, self._overlap)
-            if not spans:
-                whole.decoded = media.part()
+            decoded = media.whole(SLACK * self._segment_seconds)
+            if not isinstance(decoded, float):
+                whole.decoded = decoded
                 return [whole]
-            check_seconds(seconds, self._limits)
-            parts = []
+            check_seconds(decoded, self._limits)
+            spans = cut(decoded, self._segment_seconds, self._overlap)
+            parts: list[_Loaded] = []
             for first in range(0, len(spans), _SEGMENTS):  # encoded as they come: hours of it would fill the memory
                 group = [replace(whole, span=span) for span in spans[first : first + _SEGMENTS]]
                 for one in group:

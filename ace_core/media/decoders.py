@@ -16,8 +16,8 @@ from ace_core.config import LimitSettings
 class OpenedMedia(Protocol):
     """A file of which several things are asked."""
 
-    def seconds(self) -> float:
-        """Duration of the file; 0 where it has none or does not say."""
+    def whole(self, most: float) -> np.ndarray | float:
+        """The file decoded; of one that says it lasts longer than ``most`` seconds, how long it lasts."""
         ...
 
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
@@ -32,6 +32,11 @@ class _Openable:
     def opened(self, data: bytes) -> Iterator[OpenedMedia]:
         """The file, for as long as the block runs."""
         yield _Opened(self, data)  # type: ignore[arg-type]
+
+    def whole(self, data: bytes, most: float) -> np.ndarray | float:
+        """As :meth:`OpenedMedia.whole`."""
+        seconds = self.seconds(data)
+        return seconds if seconds > most else self(data)  # type: ignore[operator]
 
     def seconds(self, data: bytes) -> float:
         """Duration of a file; 0 where it has none or does not say."""
@@ -106,8 +111,8 @@ class _Opened:
     decoder: Decoder
     data: bytes
 
-    def seconds(self) -> float:
-        return self.decoder.seconds(self.data)
+    def whole(self, most: float) -> np.ndarray | float:
+        return self.decoder.whole(self.data, most)
 
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
         return self.decoder(self.data, start, end)

@@ -32,9 +32,9 @@ from ace_core.media.causes import Cause
 from ace_core.media.decoders import AudioDecoder, Decoder, ImageDecoder, OpenedMedia, VideoDecoder
 
 _KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDecoder)}
-_REQUEST = struct.Struct("<QBdd")  # bytes of the file, what is asked, start and end in seconds (NaN for none)
+_REQUEST = struct.Struct("<QBdd")  # bytes of the file, what is asked, two numbers of seconds (NaN for none)
 _SAME = 2**64 - 1  # in place of the bytes: the file is the one before
-_PART, _SECONDS = range(2)  # what is asked: the decoded part, or the file's duration
+_PART, _WHOLE = range(2)  # what is asked: the part from .. to .., or the file unless it lasts longer than ..
 _REPLY = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the array
 
 
@@ -73,8 +73,9 @@ class IsolatedDecoder:
                 with self._lock:
                     self._idle.append(media.child)
 
-    def ask(self, media: _OpenedInChild, asked: int, start: float | None, end: float | None) -> np.ndarray:
-        """One question about an opened file; after a child died on one, the next goes to another child.
+    def ask(self, media: _OpenedInChild, asked: int, first: float | None, last: float | None) -> np.ndarray | float:
+        """One question about an opened file, with its two numbers of seconds; after a child died on one, the next goes
+        to another child.
 
         Raises:
             MediaError: ``timeout``, ``crashed``, or what the decoder raises.
@@ -83,7 +84,7 @@ class IsolatedDecoder:
         child, media.child = media.child or self._take() or self._start(), None
         began = time.monotonic()
         try:
-            header, body = _ask(child, data, asked, start, end)
+            header, body = _ask(child, data, asked, first, last)
         except (OSError, EOFError, ValueError):
             seconds = time.monotonic() - began
             code = _end(child)
@@ -100,7 +101,9 @@ class IsolatedDecoder:
         media.child = child
         if "cause" in header:
             raise MediaError(header["cause"], header["found"], remedy=header["remedy"])
-        return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
+        if "seconds" in header:
+            return float(header["seconds"])
+        return body.view(header["dtype"]).reshape(header["shape"])
 
     def close(self) -> None:
         """End the idle children."""
@@ -145,29 +148,31 @@ class _OpenedInChild:
     data: bytes
     child: subprocess.Popen[bytes] | None = None
 
-    def seconds(self) -> float:
-        return float(self.owner.ask(self, _SECONDS, None, None)[0])
+    def whole(self, most: float) -> np.ndarray | float:
+        return self.owner.ask(self, _WHOLE, most, None)
 
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
-        return self.owner.ask(self, _PART, start, end)
+        decoded = self.owner.ask(self, _PART, start, end)
+        assert isinstance(decoded, np.ndarray)
+        return decoded
 
 
 def _ask(
-    child: subprocess.Popen[bytes], data: bytes | None, asked: int, start: float | None, end: float | None
-) -> tuple[dict, bytearray]:
+    child: subprocess.Popen[bytes], data: bytes | None, asked: int, first: float | None, last: float | None
+) -> tuple[dict, np.ndarray]:
     assert child.stdin is not None and child.stdout is not None
     nan = math.nan
     size = _SAME if data is None else len(data)
-    child.stdin.write(_REQUEST.pack(size, asked, nan if start is None else start, nan if end is None else end))
+    child.stdin.write(_REQUEST.pack(size, asked, nan if first is None else first, nan if last is None else last))
     child.stdin.write(data or b"")
     child.stdin.flush()
     header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
-    return json.loads(_read(child.stdout, header_length)), _read(child.stdout, body_length)
+    return json.loads(_read(child.stdout, header_length).tobytes()), _read(child.stdout, body_length)
 
 
-def _read(stream: IO[bytes], count: int) -> bytearray:
+def _read(stream: IO[bytes], count: int) -> np.ndarray:
     """Exactly ``count`` bytes, writable (so that arrays over them are)."""
-    out = bytearray(count)
+    out = np.empty(count, np.uint8)
     view, filled = memoryview(out), 0
     while filled < count:
         got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
@@ -213,19 +218,22 @@ def main() -> None:
     data = b""
     while True:
         try:
-            length, asked, start, end = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            data = data if length == _SAME else bytes(_read(requests, length))
+            length, asked, first, last = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            data = data if length == _SAME else _read(requests, length).tobytes()
         except EOFError:
             return
         # The default action ends the process even inside C code that never comes back.
         signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
         body = np.empty(0, np.uint8)
         try:
-            if asked == _SECONDS:
-                body = np.array([decoder.seconds(data)])
+            if asked == _WHOLE:
+                answer = decoder.whole(data, first)
             else:
-                body = decoder(data, None if math.isnan(start) else start, None if math.isnan(end) else end)
-            header = {"shape": body.shape, "dtype": body.dtype.str}
+                answer = decoder(data, None if math.isnan(first) else first, None if math.isnan(last) else last)
+            if isinstance(answer, float):
+                header = {"seconds": answer}
+            else:
+                body, header = answer, {"shape": answer.shape, "dtype": answer.dtype.str}
         except MediaError as e:
             header = {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}
         except Exception as e:  # a decoder's own bug with this file
