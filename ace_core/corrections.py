@@ -5,12 +5,15 @@ is taken off, and the offset between captioned items and others. On a large corp
 captions name classes, or are few, some of them find less than the heads alone. So all, half and none of each are tried,
 and what counts is that queries of neither kind (for captioned items, for others) find less than by the heads alone,
 and then the geometric mean of what both find.
+
+Where items have a single caption, none can be kept out to ask for captioned items with. Then training captions ask,
+each mixed with another one until the heads find no more of them than they find of what they never saw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ _QUERIES = 500  # of each kind
 _GALLERY = 20_000  # items that a validation query's own competes with
 _FEWEST_QUERIES = 10  # of each kind: fewer choose nothing
 _SHARES = (1.0, 0.5, 0.0)
+_DILUTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _OFFSETS = np.round(np.arange(-0.05, 0.2001, 0.01), 2)
 
 
@@ -39,9 +43,8 @@ def fit_corrections(
 ) -> dict[str, float]:
     """Fill the bank with training captions and set every modality's corrections; returns them by name.
 
-    Where validation has not enough queries of both kinds (items with a single caption leave none for the captioned
-    kind), memory and popularity stay as set, and the offset makes captioned items the first wrong answer as often as
-    their number bears out.
+    Where validation has not enough queries for items without captions, memory and popularity stay as set, and the
+    offset makes captioned items the first wrong answer as often as their number bears out.
 
     Args:
         features: raw features (n_m, d_m) of each modality.
@@ -118,32 +121,54 @@ def _texts_of(aligner: Aligner, pairs: CaptionPairs, seed: int) -> torch.Tensor:
 def _asked(
     aligner: Aligner, part: _Part, pairs: CaptionPairs, validation: CaptionPairs | None, start: int, count: int
 ) -> _Asked | None:
-    """The modality's validation queries, or None where there are too few of a kind."""
+    """The modality's validation queries, or None where there are too few for items without captions."""
     if validation is None:
         return None
-    rows = np.asarray(validation.rows, np.int64) - start
-    here = np.flatnonzero((rows >= 0) & (rows < count))
-    known = part.captioned.numpy()[rows[here]]
-    kinds = [here[known], here[~known]]
+    owner = np.concatenate((validation.rows, pairs.rows)).astype(np.int64) - start
+    pooled = np.concatenate((validation.pooled, pairs.pooled)).astype(np.float32)
+    here = np.flatnonzero((owner >= 0) & (owner < count))
+    captioned = part.captioned.numpy()[owner[here]]
+    held_out = here < len(validation)
+    known, other, trained = here[held_out & captioned], here[held_out & ~captioned], here[~held_out]
+    derived = len(known) < _FEWEST_QUERIES
+    kinds = [trained if derived else known, other]
     if min(len(k) for k in kinds) < _FEWEST_QUERIES:
         return None
     chosen = np.concatenate([k[:: -(-len(k) // _QUERIES)] for k in kinds])
     # an item is right for a query where any of its captions, held out or not, is the query's text
-    pooled = np.concatenate((validation.pooled[chosen], pairs.pooled, validation.pooled)).astype(np.float32)
-    owners = np.concatenate((rows[chosen], np.asarray(pairs.rows, np.int64) - start, rows))
     text = np.unique(pooled, axis=0, return_inverse=True)[1].reshape(-1)
-    asks = len(chosen)
-    inside = (owners >= 0) & (owners < count) & np.isin(text, text[:asks])
-    gold = np.unique(owners[inside])
+    described = here[np.isin(text[here], text[chosen])]
+    gold = np.unique(owner[described])
     others = np.random.default_rng(0).permutation(count)[: max(0, _GALLERY - len(gold))]
     gallery = np.union1d(gold, others)
-    right = torch.zeros(asks, len(gallery), dtype=torch.bool)
-    place = np.searchsorted(gallery, owners[inside])
-    for text_id in np.unique(text[:asks]):
-        asking = torch.from_numpy(np.flatnonzero(text[:asks] == text_id))
-        right[asking[:, None], torch.from_numpy(place[text[inside] == text_id])] = True
-    queries = torch.from_numpy(aligner.text_vectors(validation.pooled[chosen])[:, :-1].copy())
-    return _Asked(queries, torch.from_numpy(gallery), right, part.captioned[torch.from_numpy(rows[chosen])])
+    right = torch.zeros(len(chosen), len(gallery), dtype=torch.bool)
+    place = np.searchsorted(gallery, owner[described])
+    for text_id in np.unique(text[chosen]):
+        asking = torch.from_numpy(np.flatnonzero(text[chosen] == text_id))
+        right[asking[:, None], torch.from_numpy(place[text[described] == text_id])] = True
+    queries = torch.from_numpy(aligner.text_vectors(pooled[chosen])[:, :-1].copy())
+    asked = _Asked(queries, torch.from_numpy(gallery), right, part.captioned[torch.from_numpy(owner[chosen])])
+    return _diluted(part, asked) if derived else asked
+
+
+def _diluted(part: _Part, asked: _Asked) -> _Asked:
+    """Queries for captioned items that are training captions, made as hard as captions that nobody trained on: among
+    all items the heads find no more of them than of the other queries among the items without captions."""
+    known, rest = asked.known, ~part.captioned[asked.gallery]
+    own, heads = asked.queries[known], part.heads[asked.gallery]
+    mixed_in = own[torch.from_numpy(np.random.default_rng(1).permutation(len(own)))]
+    unseen = _found(asked.queries[~known] @ heads[rest].T, asked.right[~known][:, rest])
+    tried = [F.normalize(own + share * mixed_in, dim=-1) for share in _DILUTIONS]
+    far = [abs(_found(queries @ heads.T, asked.right[known]) - unseen) for queries in tried]
+    queries = asked.queries.clone()
+    queries[known] = tried[int(np.argmin(far))]
+    return replace(asked, queries=queries)
+
+
+def _found(scores: torch.Tensor, right: torch.Tensor) -> float:
+    """Mean reciprocal rank of the best right item (n, c)."""
+    best = scores.masked_fill(~right, -torch.inf).max(1, keepdim=True).values
+    return float((1 / (1 + ((scores > best) & ~right).sum(1).double())).mean())
 
 
 def _best(part: _Part, asked: _Asked) -> _Choice:
@@ -159,9 +184,11 @@ def _best(part: _Part, asked: _Asked) -> _Choice:
             tried |= {_Choice(memory, popularity, float(o)): f for o, f in zip(_OFFSETS, found)}
     alone = tried[_Choice(0.0, 0.0, 0.0)]
 
-    def merit(choice: _Choice) -> tuple[float, float]:
+    def merit(choice: _Choice) -> tuple[float, float, float]:
+        """Neither kind worse than by the heads, then both, then as little as will do."""
         ratios = [found / max(own, 1e-6) for found, own in zip(tried[choice], alone)]
-        return round(min(1.0, *ratios), 2), float(np.sum(np.log(np.maximum(ratios, 1e-6))))
+        little = -(choice.memory + choice.popularity + abs(choice.offset))
+        return round(min(1.0, *ratios), 2), round(float(np.sum(np.log(np.maximum(ratios, 1e-6)))), 6), little
 
     return max(tried, key=merit)
 
@@ -194,7 +221,9 @@ def _evened(aligner: Aligner, part: _Part, texts: Sequence[CaptionPairs | None],
 
 
 def _mean_reciprocal_ranks(scores: torch.Tensor, asked: _Asked, captioned: torch.Tensor) -> list[tuple[float, float]]:
-    """For each of the offsets: of queries for captioned items, and of the others.
+    """For each of the offsets: of queries for captioned items, and of the others. A kind is answered by right items of
+    its kind (where captions name classes, captioned classmates would hide that no other item is found); those of the
+    other are no wrong answers.
 
     Scores (n, c) are sorted once; an offset only moves the captioned ones against the others.
     """
@@ -207,7 +236,7 @@ def _mean_reciprocal_ranks(scores: torch.Tensor, asked: _Asked, captioned: torch
     (own_c, rivals_c), (own_u, rivals_u) = sides
     out = []
     for offset in _OFFSETS:
-        level = torch.maximum(own_c - float(offset), own_u)[:, None]
+        level = torch.where(asked.known, own_c - float(offset), own_u)[:, None]
         above = [
             rivals.shape[1] - torch.searchsorted(rivals, level + shift, right=True)
             for rivals, shift in ((rivals_c, float(offset)), (rivals_u, 0.0))

@@ -165,13 +165,47 @@ def test_an_answer_with_the_query_s_text_is_right() -> None:
     assert np.array_equal(classes[found], np.arange(6))
 
 
-def test_without_queries_of_both_kinds_the_offset_evens_out_what_captions_add(world: World) -> None:
-    unseen_only = CaptionPairs(world.unseen.pooled, world.unseen.rows)
-    _, figures = fit_aligner(world.features, world.train, SETTINGS, validation=unseen_only)
+def test_without_kept_captions_trained_ones_ask_for_captioned_items(world: World) -> None:
+    aligner, figures = fit_aligner(world.features, world.train, SETTINGS, validation=world.unseen)
     assert figures["image_caption_memory"] == pytest.approx(SETTINGS.caption_memory)
     assert figures["image_captioned_offset"] > 0, "captioned items are nearer to texts: they must not gain by it"
+    kept = world.pairs(np.isin(np.arange(len(world.rows)), np.arange(3, len(world.rows), 4)) & (world.rows % 3 < 2))
+    items = aligner.item_vectors(world.features, world.train)
+    with torch.inference_mode():
+        heads = [aligner.tower_item(m, torch.from_numpy(f)).numpy() for m, f in world.features.items()]
+    plain = np.pad(np.concatenate(heads), ((0, 0), (0, 1)))
+    for asked in (kept, world.unseen):  # captions that no choice has seen, and those that it was made by
+        assert recall(aligner, asked, items, 3) >= recall(aligner, asked, plain, 3)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_where_captions_name_classes_neither_kind_of_item_is_buried(kept: bool) -> None:
+    """A class is found by the heads among its captioned items and among the others: so it must be in the end."""
+    rng = np.random.default_rng(2)
+    classes = np.arange(180) % 6
+    features = {Modality.AUDIO: (np.eye(6)[classes] + rng.normal(size=(180, 6))).astype(np.float32)}
+    names = rng.normal(size=(6, 24)).astype(np.float32)
+    captioned = np.arange(180) // 6 % 3 < 2
+    train = CaptionPairs(names[classes[captioned]], np.flatnonzero(captioned))
+    asked = np.arange(180) if kept else np.flatnonzero(~captioned)
+    settings = SETTINGS.model_copy(update={"epochs": 40, "learning_rate": 1e-2})
+    aligner, _ = fit_aligner(features, train, settings, validation=CaptionPairs(names[classes[asked]], asked))
+    queries, items = aligner.text_vectors(names), aligner.item_vectors(features, train)
+    with torch.inference_mode():
+        heads = aligner.tower_item(Modality.AUDIO, torch.from_numpy(features[Modality.AUDIO])).numpy()
+    right = classes == np.arange(6)[:, None]
+
+    def found(scores: np.ndarray, kind: np.ndarray) -> float:
+        best = np.where(right & kind, scores, -np.inf).max(1, keepdims=True)
+        return float((1 / (1 + ((scores > best) & ~right).sum(1))).mean())
+
+    for kind in (captioned, ~captioned):
+        assert found(queries @ items.T, kind) >= found(queries[:, :-1] @ heads.T, kind)
+
+
+def test_without_validation_the_offset_evens_out_what_captions_add(world: World) -> None:
     _, figures = fit_aligner(world.features, world.train, SETTINGS)
-    assert figures["audio_captioned_offset"] > 0
+    assert figures["image_captioned_offset"] > 0 and figures["audio_captioned_offset"] > 0
 
 
 def test_popularity_is_measured_on_the_bank() -> None:
