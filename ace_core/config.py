@@ -266,7 +266,7 @@ class ServeSettings(Section):
     )
     max_queued: int = Field(256, ge=1, description="searches in flight; more are answered 429")
     max_wait_seconds: float = Field(
-        0.25, gt=0, description="searches that would wait longer are answered 429; while overloaded, even shorter"
+        0.15, gt=0, description="searches that would wait longer are answered 429; while overloaded, even shorter"
     )
     request_seconds: float = Field(10, gt=0, description="deadline of a search; later it is answered 504")
     watch_seconds: float = Field(2, gt=0, description="how often replicas look whether another snapshot is published")

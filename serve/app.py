@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
 from ace_store.store import Store
 from serve.auth import read_keys
+from serve.bundles import PER_REPLICA, Bundles
 from serve.calls import ExampleCall, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
 from serve.http import build_http
 from serve.replica import BATCHES, LightSettings, Searcher
@@ -49,12 +50,19 @@ _log = logging.getLogger("ace.serve")
 class ReplicaBackend:
     """The replicas behind a deployment handle. A replica that dies while it answers is replaced by another's answer."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, max_batch: int) -> None:
         # Naming a method makes another handle: once is enough.
         self._search, self._probe, self._state = handle.search, handle.probe, handle.state
+        self._bundles = Bundles(self._send, most=max_batch)
 
     async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
-        return await self._ask(lambda: self._search.remote(call))
+        if isinstance(call, TextCall):
+            return await self._bundles.ask(call)
+        return (await self._send((call,)))[0]  # alone: a text shall not wait while a file is decoded
+
+    async def _send(self, calls: tuple[TextCall | ExampleCall, ...]) -> Sequence[Reply | Refusal]:
+        answers: Sequence[Reply | Refusal] = await self._ask(lambda: self._search.remote(calls))
+        return answers
 
     async def probe(self) -> ReplicaState:
         answer = await self._ask(self._probe.remote)
@@ -96,7 +104,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         name = serve.get_replica_context().replica_id.unique_id
-        return build_http(self._settings, ReplicaBackend(self._searcher), ingress=name, listens=self._listens)
+        backend = ReplicaBackend(self._searcher, self._settings.serve.max_batch)
+        return build_http(self._settings, backend, ingress=name, listens=self._listens)
 
 
 def build(settings: Settings) -> serve.Application:
@@ -171,8 +180,8 @@ def _scaling(chosen: ServeSettings) -> dict[str, Any]:
         "autoscaling_config": AutoscalingConfig(
             min_replicas=chosen.replicas,
             max_replicas=chosen.max_replicas,
-            # Half a batch each: admission keeps what waits short, and a queue of a whole batch may never build up.
-            target_ongoing_requests=max(1, chosen.max_batch // 2),
+            # Bundles: so many each when there is nearly always one to decode and one that waits.
+            target_ongoing_requests=0.75 * PER_REPLICA,
             upscale_delay_s=1,
             downscale_delay_s=chosen.scale_down_seconds,
             metrics_interval_s=0.5,

@@ -24,7 +24,7 @@ UPLOAD_PATH = "/v1/search/by-example"
 MAX_JSON_BYTES = 1_000_000
 _SHORT_BYTES = 16_000
 _CALM_SECONDS = 1.0
-_STANDING = 3.0  # times what a search takes alone
+_STANDING = 4.5  # times what a search takes alone
 _FEW = 4  # searches in flight that are never too many, and from which on their times tell what one takes among others
 _CLIENT_LEFT = 499  # in the metrics, as proxies write it: never sent
 
@@ -44,8 +44,9 @@ class Admission:
 
     A burst may wait ``max_wait_seconds``. Where more comes than can be answered, everyone would always wait that long:
     a long queue then makes all late and nobody faster (the standing queue of Nichols and Jacobson, "Controlling queue
-    delay", 2012). So after a refusal, until nothing was refused for a second, a search may only wait about three times
-    as long as one takes alone: what is accepted in an overload is answered nearly as fast as ever.
+    delay", 2012). So after a refusal, until nothing was refused for a second, a search may only wait a few times as
+    long as one takes alone, which is about twice what it takes in the company that it usually has: what is accepted in
+    an overload is answered nearly as fast as ever, in batches that are large enough.
     """
 
     def __init__(self, limit: int, *, always: int, max_wait_seconds: float) -> None:
@@ -61,7 +62,7 @@ class Admission:
         self.max_wait_seconds = max_wait_seconds
         self.in_flight = 0
         self._seconds_alone: float | None = None
-        self._seconds_each = 0.0
+        self._seconds_each: float | None = None
         self._refused_at = -math.inf
 
     def enter(self, now: float) -> int | None:
@@ -71,7 +72,7 @@ class Admission:
             always = min(always, _FEW)
             if self._seconds_alone is not None:
                 most = min(most, _STANDING * self._seconds_alone)
-        wait = self.in_flight * self._seconds_each
+        wait = math.inf if self._seconds_each is None else self.in_flight * self._seconds_each
         if self.in_flight >= self.limit or (self.in_flight >= always and wait > most):
             self._refused_at = now
             return None
@@ -82,16 +83,24 @@ class Admission:
         """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``."""
         self.in_flight -= 1
         if entered == 1:
-            # Falls fast and rises slowly: a search by example also waits for its upload.
-            alone = seconds if self._seconds_alone is None else self._seconds_alone
-            self._seconds_alone = alone + (0.5 if seconds < alone else 0.05) * (seconds - alone)
+            self.took_alone(seconds)
         elif entered >= _FEW:
             # By those that it found, not by those who came later, or a growing queue would look fast.
-            self._seconds_each += 0.1 * (seconds / entered - self._seconds_each)
+            each = seconds / entered
+            self._seconds_each = each if self._seconds_each is None else 0.9 * self._seconds_each + 0.1 * each
+
+    def took_alone(self, seconds: float) -> None:
+        """Hear what a search took that met no other, a probe's for one. The first searches are admitted by that, as if
+        none could share a batch: a burst that meets a fresh server must not wait without end."""
+        # Falls fast and rises slowly: a search by example also waits for its upload.
+        alone = seconds if self._seconds_alone is None else self._seconds_alone
+        self._seconds_alone = alone + (0.5 if seconds < alone else 0.05) * (seconds - alone)
+        if self._seconds_each is None:
+            self._seconds_each = seconds
 
     def retry_after(self) -> int:
         """Seconds until about half of the searches in flight are gone, 1 to 30."""
-        return max(1, min(30, math.ceil(self.in_flight * self._seconds_each / 2)))
+        return max(1, min(30, math.ceil(self.in_flight * (self._seconds_each or 0.0) / 2)))
 
 
 class Gate:

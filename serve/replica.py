@@ -61,21 +61,22 @@ class Searcher:
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    async def search(self, call: TextCall | ExampleCall) -> Reply | Refusal:
-        """Answer a call, together with others that wait."""
-        waiting = await self._engine.prepare(call)
-        if isinstance(waiting, Refusal):
-            return waiting
+    async def search(self, calls: Sequence[TextCall | ExampleCall]) -> list[Reply | Refusal]:
+        """Answer calls (a bundle of the ingress), together with others that wait."""
+        prepared = [await self._engine.prepare(call) for call in calls]
+        waiting = [w for w in prepared if not isinstance(w, Refusal)]
         try:
-            return await self._batched(waiting)
-        except asyncio.CancelledError:  # nobody listens any more: it need not be decoded
-            waiting.cancelled = True
+            answers = iter(await self._batched(waiting) if waiting else ())
+        except asyncio.CancelledError:  # nobody listens any more: they need not be decoded
+            for one in waiting:
+                one.cancelled = True
             raise
+        return [w if isinstance(w, Refusal) else next(answers) for w in prepared]
 
     async def probe(self) -> ReplicaState | Refusal:
         """Answer a small query through the same queue as every other, and say what is served."""
         call = TextCall(("a",), Options(k=1), time.time() + _PROBE_SECONDS)
-        answer = await self.search(call)
+        [answer] = await self.search([call])
         return answer if isinstance(answer, Refusal) else answer.state
 
     async def state(self) -> ReplicaState:
@@ -83,8 +84,8 @@ class Searcher:
         return self._engine.state()
 
     @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES)
-    async def _batched(self, batch: Sequence[Waiting]) -> list[Reply | Refusal]:
-        return await self._engine.answer(batch)
+    async def _batched(self, bundles: Sequence[Sequence[Waiting]]) -> list[list[Reply | Refusal]]:
+        return await asyncio.gather(*(self._engine.answer(bundle) for bundle in bundles))
 
     async def _watch(self) -> None:
         while True:

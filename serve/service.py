@@ -152,7 +152,9 @@ class Service:
             return newest[0]
         try:
             async with asyncio.timeout(_PROBE_SECONDS):
-                state = await self.backend.probe()
+                if newest is None:
+                    await self.backend.probe()  # finds the replicas first: what that takes says nothing of a search
+                state = await self._probe()
                 self._note(state)
                 await self.catalog.follow(state.snapshot)
         except Overloaded:
@@ -163,6 +165,13 @@ class Service:
         except (Unavailable, TimeoutError, AceError) as e:
             raise _unavailable(str(e) or "no replica answered in time") from None
         self._ready_until = now + _PROBE_KEPT_SECONDS
+        return state
+
+    async def _probe(self) -> ReplicaState:
+        started, idle = time.perf_counter(), not self.admission.in_flight
+        state = await self.backend.probe()
+        if idle and not self.admission.in_flight:
+            self.admission.took_alone(time.perf_counter() - started)
         return state
 
     def replicas(self) -> list[ReplicaOut]:

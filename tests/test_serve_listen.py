@@ -149,7 +149,8 @@ def test_a_search_that_nobody_waits_for_is_cancelled_at_its_replica() -> None:
     async def test() -> None:
         response = _Response()
         method = SimpleNamespace(remote=lambda *_: response)
-        backend = ReplicaBackend(SimpleNamespace(search=method, probe=method, state=method))  # type: ignore[arg-type]
+        handle = SimpleNamespace(search=method, probe=method, state=method)
+        backend = ReplicaBackend(handle, max_batch=16)  # type: ignore[arg-type]
         searching = asyncio.create_task(backend.search(TextCall(("a",), Options(k=1), 0.0)))
         await response.asked.wait()
         searching.cancel()

@@ -21,6 +21,7 @@ from ray import serve as ray_serve
 from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
 from serve import app as serve_app
+from serve.bundles import PER_REPLICA
 from serve.client import Client
 from serve.replica import LightSettings, Searcher
 from tests.tiny_store import TinyStore
@@ -198,7 +199,7 @@ def test_the_settings_scale_the_replicas(tmp_path: Path, least: int, most: int) 
     else:
         assert scaling is not None
         assert (scaling.min_replicas, scaling.max_replicas, scaling.downscale_delay_s) == (least, most, 7)
-        assert scaling.target_ongoing_requests == 6  # half a batch each
+        assert 1 < scaling.target_ongoing_requests < PER_REPLICA  # nearly always one that waits
 
 
 def test_the_ingress_needs_no_model() -> None:
