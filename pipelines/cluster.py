@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # ask for CPUs that they hardly use, and a pipeline whose actors hold all of them never ends.
 SPARE_CPUS = 2
 SUSPECTS = 8  # batches an actor that are tried row by row when actors keep dying
+_SMALLEST = 8  # a batch near the end has an eighth of the rows of a full one at least
 MAX_DEATHS = 3  # times that actors may die with nothing done in between
 
 
@@ -184,7 +185,7 @@ def map_rows(
     while left.any():
         before = int(left.sum())
         # A block is a batch: the pool stays busy to the end, and results come steadily.
-        blocks = cut(work.filter(pa.array(left)), batch_size)
+        blocks = cut(work.filter(pa.array(left)), batch_size, pool.count)
         actors = replace(pool, count=min(pool.count, len(blocks)))
         # Not from_arrow, which starts a worker process to ask it how long each table is.
         dataset = _on_actors(from_blocks(blocks), actors, (transform, args, kwargs))
@@ -204,7 +205,9 @@ def map_rows(
             deaths = deaths + 1 if int(left.sum()) == before else 1
             died_before, died = died, True
             if lost is not None and died_before:
-                suspects = pa.concat_tables(cut(work.filter(pa.array(left)), batch_size)[: SUSPECTS * actors.count])
+                suspects = pa.concat_tables(
+                    cut(work.filter(pa.array(left)), batch_size, pool.count)[: SUSPECTS * actors.count]
+                )
                 for result in _one_by_one(suspects, pool, (transform, args, kwargs), lost):
                     left[result["row"]] = False
                     yield result
@@ -217,12 +220,17 @@ def map_rows(
                 ) from None
 
 
-def cut(work: pa.Table, batch_size: int | Mapping[str, int]) -> list[pa.Table]:
-    """The batches of :func:`map_rows`, in order."""
-    if isinstance(batch_size, int):
-        return [work.slice(i, batch_size) for i in range(0, work.num_rows, batch_size)]
-    kinds = [work.filter(pc.equal(work.column("kind"), kind)) for kind in batch_size]
-    return [batch for rows, size in zip(kinds, batch_size.values()) for batch in cut(rows, size)]
+def cut(work: pa.Table, batch_size: int | Mapping[str, int], workers: int) -> list[pa.Table]:
+    """The batches of :func:`map_rows`, in order: the last ones smaller, so that no worker waits long for another."""
+    if not isinstance(batch_size, int):
+        kinds = [work.filter(pc.equal(work.column("kind"), kind)) for kind in batch_size]
+        return [batch for rows, size in zip(kinds, batch_size.values()) for batch in cut(rows, size, workers)]
+    batches, first = [], 0
+    while first < work.num_rows:
+        share = -(-(work.num_rows - first) // (2 * workers))
+        batches.append(work.slice(first, max(min(batch_size, share), -(-batch_size // _SMALLEST))))
+        first += batches[-1].num_rows
+    return batches
 
 
 def _one_by_one(rows: pa.Table, pool: Pool, made_of: tuple[Any, ...], lost: Lost) -> Iterator[dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ A plain class over a dictionary of arrays: Ray Data makes an actor of it, tests 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,19 @@ from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings
 from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality, content_hash
-from ace_core.media.causes import Cause, check_seconds
+from ace_core.media.causes import Cause
 from ace_core.media.segments import SLACK, cut
 from ace_store import ItemReader, open_location
 
 Span = tuple[float, float] | None  # start and end of a segment in seconds; None for a whole file
+_TOGETHER = {"cpu": 32, "cuda": 256}  # files, where the encoder chooses its own batch
 _SEGMENTS = 16  # of one file that are decoded before they are encoded
 _OPEN = 8  # files of known embeddings in memory
+
+
+def files_together(encoder: MediaEncoderSettings, device: str) -> int:
+    """How many files are decoded, then encoded."""
+    return encoder.batch_size if isinstance(encoder.batch_size, int) else _TOGETHER[device]
 
 
 @dataclass(frozen=True)
@@ -110,13 +117,13 @@ class EncodeItems:
         segments: SegmentSettings | None = None,
         known: KnownEmbeddings | None = None,
     ) -> None:
-        import torch
-
         from ace_core.encoders import load_media_encoder
         from ace_core.encoders.batching import MOST, BatchTrial
 
-        torch.set_num_threads(threads)
         self._encoder = load_media_encoder(modality, encoder, limits, device)
+        if "torch" in sys.modules:  # not every encoder needs it, and it takes seconds to load
+            sys.modules["torch"].set_num_threads(threads)
+        self._together = files_together(encoder, device)
         self._batch = encoder.batch_size if isinstance(encoder.batch_size, int) else None
         self._trial = BatchTrial(MOST[device])
         self._reader = ItemReader(open_location(corpus))
@@ -124,7 +131,8 @@ class EncodeItems:
         self._overlap = segments.overlap if segments else 0.0
         self._segment_seconds = segments.seconds(modality) if segments else 0.0
         self._known = known or KnownEmbeddings()
-        self._pool = ThreadPoolExecutor(threads)
+        # A thread of its own would cost a short sound a twentieth of its time.
+        self._map = map if threads == 1 else ThreadPoolExecutor(threads).map
         self._encoding = threading.Lock()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -138,9 +146,13 @@ class EncodeItems:
             seconds, NaN for a whole file; ``cause`` (m,) text, empty for a good one, else why it is none, and
             ``detail``; ``content_hash`` (m,); ``embedding`` (m, d) float16, zero for a bad one; ``reused`` (m,) bool.
         """
-        of_files = self._pool.map(self._load, batch["row"].tolist(), batch["uri"], batch["bytes"])
-        loaded = [one for of_file in of_files for one in of_file]
-        self._encode([one for one in loaded if one.decoded is not None])
+        files = list(zip(batch["row"].tolist(), batch["uri"], batch["bytes"]))
+        loaded: list[_Loaded] = []
+        for first in range(0, len(files), self._together):  # what is decoded waits in memory
+            of_files = self._map(self._load, *zip(*files[first : first + self._together]))
+            group = [one for of_file in of_files for one in of_file]
+            self._encode([one for one in group if one.decoded is not None])
+            loaded += group
         embeddings = np.zeros((len(loaded), self._encoder.dim), np.float16)
         for number, one in enumerate(loaded):
             if one.embedding is not None:
@@ -194,7 +206,6 @@ class EncodeItems:
             if not isinstance(decoded, float):
                 whole.decoded = decoded
                 return [whole]
-            check_seconds(decoded, self._limits)
             spans = cut(decoded, self._segment_seconds, self._overlap)
             parts: list[_Loaded] = []
             for first in range(0, len(spans), _SEGMENTS):  # encoded as they come: hours of it would fill the memory

@@ -24,7 +24,7 @@ from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
-from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork
+from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork, files_together
 from pipelines.progress import Reporter, counted, counted_items, duration
 from pipelines.shards import (
     PartWriter,
@@ -39,7 +39,7 @@ from pipelines.shards import (
 from pipelines.sources import Listing, list_corpus
 
 SHOWN = 5  # bad files named in the terminal
-FILES_TOGETHER = {"cpu": 32, "cuda": 256}  # files that an encoder gets at once where it chooses its own batch
+_AT_ONCE = {Modality.AUDIO: 4}  # groups of files that an encoder gets at once; most sounds take milliseconds
 
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -138,16 +138,16 @@ def _encoded(
     work = files.select(["uri", "bytes"]).append_column("kind", files.column("modality"))
     work = work.append_column("row", pa.array(np.arange(work.num_rows)))
     encoders = {one.modality: settings.encoders.media(one.modality) for one in left}
-    default = FILES_TOGETHER[settings.compute.device]
-    together = {m.value: e.batch_size if isinstance(e.batch_size, int) else default for m, e in encoders.items()}
-    most = sum(-(-one.files.num_rows // together[one.modality.value]) for one in left)
+    together = {m: files_together(e, settings.compute.device) for m, e in encoders.items()}
+    most = sum(-(-one.files.num_rows // together[one.modality]) for one in left)
     pool = encoder_pool(settings.compute, most=most)
     args = (
         {one.modality: ModalityWork(encoders[one.modality], one.known) for one in left},
         (settings.limits, corpus),
         {"threads": pool.threads, "device": pool.device, "segments": settings.segments},
     )
-    for result in map_rows(work, EncodeCorpus, pool, together, args, {}, lost=EncodeItems.lost):
+    at_once = {m.value: n * _AT_ONCE.get(m, 1) for m, n in together.items()}
+    for result in map_rows(work, EncodeCorpus, pool, at_once, args, {}, lost=EncodeItems.lost):
         rows = files.take(pa.array(result["row"]))
         yield Modality(rows.column("modality")[0].as_py()), rows, result
 

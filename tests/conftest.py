@@ -45,7 +45,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def map_rows(work, transform, pool, batch_size, args, kwargs, *, lost=None):  # type: ignore[no-untyped-def]
         instance = transform(*args, **kwargs)
-        for batch in cut(work, batch_size):
+        for batch in cut(work, batch_size, pool.count):
             yield instance({name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.column_names})
 
     monkeypatch.setattr("pipelines.ingest.ensure_ray", lambda compute: None)

@@ -12,7 +12,7 @@ import pytest
 
 from ace_core.config import ComputeSettings
 from ace_core.errors import AceError, ModelError, SettingsError
-from pipelines.cluster import MAX_DEATHS, Pool, encoder_pool, ensure_ray, map_rows, worker_pool
+from pipelines.cluster import MAX_DEATHS, Pool, cut, encoder_pool, ensure_ray, map_rows, worker_pool
 
 pytestmark = pytest.mark.ray
 POOL = Pool(count=2, threads=1, gpus=0)
@@ -36,6 +36,15 @@ class Doubles:
 
 def _table(count: int = 64) -> pa.Table:
     return pa.table({"row": np.arange(count), "number": np.arange(count)})
+
+
+def test_batches_get_smaller_towards_the_end() -> None:
+    sizes = [batch.num_rows for batch in cut(_table(1000), 32, 2)]
+    assert sizes[:20] == [32] * 20 and sizes == sorted(sizes, reverse=True) and sum(sizes) == 1000
+    assert sizes[-2] == 4  # an eighth
+    work = _table(9).append_column("kind", pa.array(list("abbbbbbab")))
+    batches = cut(work, {"b": 4, "a": 1}, 1)
+    assert [b.column("number").to_pylist() for b in batches] == [[1, 2, 3, 4], [5, 6], [8], [0], [7]]
 
 
 def test_every_row_comes_back_once_though_actors_die(ray_cluster: None, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from ace_core.items import Modality
 from ace_core.manifest import fingerprint
 from ace_core.media.decoders import Decoder
 from ace_core.media.isolate import IsolatedDecoder
+
+if TYPE_CHECKING:  # sounds can be encoded without, and it takes longer to load than hundreds of them
+    import torch
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 
 def precision(device: str) -> torch.dtype:
     """bfloat16 on a GPU, float32 on the CPU."""
+    import torch
+
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
@@ -109,6 +113,8 @@ def sampled(sampling: str) -> tuple[str, ...]:
 
 def identity_of(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
     """Twelve hex digits that change with any weight or any of ``settings`` (which must be JSON)."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()

@@ -39,16 +39,35 @@ def decode_audio(
         MediaError: ``empty``, ``too-large``, ``too-long``, ``zero-length``, ``not-audio``, ``no-audio``,
             ``truncated`` or ``corrupt``.
     """
-    check_bytes(data, limits)
     if start is not None and end is not None and end <= start:
         raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
-    kind = sniff(data)
-    if kind in _BY_FFMPEG:
+    source_rate, _, blocks = _blocks(data, limits, start or 0.0, end)
+    return _resampled(blocks, source_rate, rate)
+
+
+def whole_audio(data: bytes, limits: LimitSettings, rate: int, most: float) -> np.ndarray | float:
+    """As :func:`decode_audio` of the whole file; of one that says it lasts longer than ``most`` seconds, how long.
+
+    Raises:
+        MediaError: as :func:`decode_audio`.
+    """
+    source_rate, seconds, blocks = _blocks(data, limits, 0.0, None)
+    return seconds if seconds > most else _resampled(blocks, source_rate, rate)
+
+
+def _blocks(
+    data: bytes, limits: LimitSettings, start: float, end: float | None
+) -> tuple[int, float, Iterator[np.ndarray]]:
+    """Rate, seconds of the whole file (0 where it does not say), mono float32 blocks from ``start`` to ``end``."""
+    check_bytes(data, limits)
+    if sniff(data) in _BY_FFMPEG:
         from ace_core.media.ffmpeg import sound_blocks
 
-        source_rate, blocks = sound_blocks(data, limits, start or 0.0, end)
-    else:
-        source_rate, blocks = _soundfile_blocks(data, limits, start or 0.0, end)
+        return sound_blocks(data, limits, start, end)
+    return _soundfile_blocks(data, limits, start, end)
+
+
+def _resampled(blocks: Iterator[np.ndarray], source_rate: int, rate: int) -> np.ndarray:
     resampler = None if source_rate == rate else soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
     parts = []
     for block in blocks:
@@ -62,28 +81,9 @@ def decode_audio(
     return np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0, copy=False)
 
 
-def audio_seconds(data: bytes, limits: LimitSettings) -> float:
-    """Duration of a sound by its header; 0 where it does not say.
-
-    Raises:
-        MediaError: as :func:`decode_audio`.
-    """
-    check_bytes(data, limits)
-    if sniff(data) in _BY_FFMPEG:
-        from ace_core.media.ffmpeg import sound_seconds
-
-        return sound_seconds(data)
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            return max(0, file.frames) / file.samplerate
-    except (soundfile.LibsndfileError, TypeError) as e:
-        raise _refused(data, e) from None
-
-
 def _soundfile_blocks(
     data: bytes, limits: LimitSettings, start: float, end: float | None
-) -> tuple[int, Iterator[np.ndarray]]:
-    """The file's rate, and its mono float32 blocks from ``start`` to ``end`` seconds."""
+) -> tuple[int, float, Iterator[np.ndarray]]:
     source = io.BytesIO(data)
     try:
         file = soundfile.SoundFile(source)
@@ -99,7 +99,7 @@ def _soundfile_blocks(
     check_seconds((last - first) / rate, limits)
     if is_cut_short(data):
         raise MediaError(Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again.")
-    return rate, _read(file, source, first, last)
+    return rate, frames / rate, _read(file, source, first, last)
 
 
 def _read(file: soundfile.SoundFile, source: io.BytesIO, first: int, last: int) -> Iterator[np.ndarray]:

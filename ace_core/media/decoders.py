@@ -33,15 +33,6 @@ class _Openable:
         """The file, for as long as the block runs."""
         yield _Opened(self, data)  # type: ignore[arg-type]
 
-    def whole(self, data: bytes, most: float) -> np.ndarray | float:
-        """As :meth:`OpenedMedia.whole`."""
-        seconds = self.seconds(data)
-        return seconds if seconds > most else self(data)  # type: ignore[operator]
-
-    def seconds(self, data: bytes) -> float:
-        """Duration of a file; 0 where it has none or does not say."""
-        return 0.0
-
 
 @dataclass(frozen=True)
 class ImageDecoder(_Openable):
@@ -57,6 +48,10 @@ class ImageDecoder(_Openable):
         picture = decode_image(data, self.limits, self.min_side)
         return picture if self.side is None else resized(picture, self.side, self.side)
 
+    def whole(self, data: bytes, most: float) -> np.ndarray | float:
+        """As :meth:`OpenedMedia.whole`; pictures do not last."""
+        return self(data)
+
 
 @dataclass(frozen=True)
 class AudioDecoder(_Openable):
@@ -70,10 +65,11 @@ class AudioDecoder(_Openable):
 
         return decode_audio(data, self.limits, self.rate, start, end)
 
-    def seconds(self, data: bytes) -> float:
-        from ace_core.media.audio import audio_seconds
+    def whole(self, data: bytes, most: float) -> np.ndarray | float:
+        """As :meth:`OpenedMedia.whole`."""
+        from ace_core.media.audio import whole_audio
 
-        return audio_seconds(data, self.limits)
+        return whole_audio(data, self.limits, self.rate, most)
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,12 @@ class VideoDecoder(_Openable):
         clip = decode_video(data, self.limits, self.frames, self.side, start, end, self.backend, self.sampling)
         return clip.frames
 
-    def seconds(self, data: bytes) -> float:
-        from ace_core.media.video import video_seconds
+    def whole(self, data: bytes, most: float) -> np.ndarray | float:
+        """As :meth:`OpenedMedia.whole`."""
+        from ace_core.media.video import whole_video
 
-        return video_seconds(data, self.limits)
+        clip = whole_video(data, self.limits, self.frames, self.side, most, self.backend, self.sampling)
+        return clip if isinstance(clip, float) else clip.frames
 
 
 Decoder = ImageDecoder | AudioDecoder | VideoDecoder

@@ -120,16 +120,6 @@ def frames_at(container: av.container.InputContainer, times: np.ndarray) -> Iter
         yield _upright(shown)
 
 
-def sound_seconds(data: bytes) -> float:
-    """Duration of a container's first sound stream by its header; 0 where it does not say.
-
-    Raises:
-        MediaError: ``not-audio``, ``no-audio``, ``truncated`` or ``corrupt``.
-    """
-    with open_container(data, Cause.NOT_AUDIO) as container:
-        return _sound_seconds(container, _sound_stream(container))
-
-
 def _sound_stream(container: av.container.InputContainer) -> av.AudioStream:
     if not container.streams.audio:
         raise MediaError(Cause.NO_AUDIO, "the container has no sound stream")
@@ -144,8 +134,9 @@ def _sound_seconds(container: av.container.InputContainer, stream: av.AudioStrea
 
 def sound_blocks(
     data: bytes, limits: LimitSettings, start: float, end: float | None
-) -> tuple[int, Iterator[np.ndarray]]:
-    """Rate and mono float32 blocks of a container's first sound stream, from ``start`` to ``end`` seconds.
+) -> tuple[int, float, Iterator[np.ndarray]]:
+    """Of a container's first sound stream: rate, seconds of all of it by its header (0 where it does not say), and
+    mono float32 blocks from ``start`` to ``end`` seconds.
 
     Raises:
         MediaError: ``not-audio``, ``no-audio``, ``too-long``, ``truncated`` or ``corrupt``.
@@ -161,7 +152,7 @@ def sound_blocks(
     if is_cut_short(data):
         container.close()
         raise MediaError(Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again.")
-    return stream.rate, _sound(container, start, end, limits)
+    return stream.rate, total, _sound(container, start, end, limits)
 
 
 def _sound(

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ _KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDeco
 _REQUEST = struct.Struct("<QBdd")  # bytes of the file, what is asked, two numbers of seconds (NaN for none)
 _SAME = 2**64 - 1  # in place of the bytes: the file is the one before
 _PART, _WHOLE = range(2)  # what is asked: the part from .. to .., or the file unless it lasts longer than ..
+_PIECE = 1 << 20  # bytes that pass in one piece: a question or an answer is one switch between the two processes
 _REPLY = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the array
 
 
@@ -103,7 +104,7 @@ class IsolatedDecoder:
             raise MediaError(header["cause"], header["found"], remedy=header["remedy"])
         if "seconds" in header:
             return float(header["seconds"])
-        return body.view(header["dtype"]).reshape(header["shape"])
+        return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
 
     def close(self) -> None:
         """End the idle children."""
@@ -134,8 +135,8 @@ class IsolatedDecoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pipesize=1
-            << 20,  # a picture passes in one piece: fewer switches between the two (Linux; ignored elsewhere)
+            pipesize=_PIECE,  # (Linux; ignored elsewhere)
+            bufsize=_PIECE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
 
@@ -159,7 +160,7 @@ class _OpenedInChild:
 
 def _ask(
     child: subprocess.Popen[bytes], data: bytes | None, asked: int, first: float | None, last: float | None
-) -> tuple[dict, np.ndarray]:
+) -> tuple[dict, memoryview]:
     assert child.stdin is not None and child.stdout is not None
     nan = math.nan
     size = _SAME if data is None else len(data)
@@ -167,19 +168,18 @@ def _ask(
     child.stdin.write(data or b"")
     child.stdin.flush()
     header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
-    return json.loads(_read(child.stdout, header_length).tobytes()), _read(child.stdout, body_length)
+    return json.loads(bytes(_read(child.stdout, header_length))), _read(child.stdout, body_length)
 
 
-def _read(stream: IO[bytes], count: int) -> np.ndarray:
+def _read(stream: IO[bytes], count: int) -> memoryview:
     """Exactly ``count`` bytes, writable (so that arrays over them are)."""
-    out = np.empty(count, np.uint8)
-    view, filled = memoryview(out), 0
+    view, filled = np.empty(count, np.uint8).data, 0
     while filled < count:
         got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
         if not got:
             raise EOFError
         filled += got
-    return out
+    return view
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
@@ -208,8 +208,8 @@ def main() -> None:
     """The child: answers requests on its standard streams until the parent closes them."""
     spec = json.loads(sys.argv[1])
     decoder = _KINDS[spec["kind"]](limits=LimitSettings(**spec["limits"]), **spec["fields"])
-    requests = os.fdopen(os.dup(0), "rb")
-    replies = os.fdopen(os.dup(1), "wb")
+    requests = os.fdopen(os.dup(0), "rb", _PIECE)
+    replies = os.fdopen(os.dup(1), "wb", _PIECE)
     # Whatever a C library prints must not get between the replies.
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -219,12 +219,13 @@ def main() -> None:
     while True:
         try:
             length, asked, first, last = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            data = data if length == _SAME else _read(requests, length).tobytes()
+            data = data if length == _SAME else bytes(_read(requests, length))
         except EOFError:
             return
         # The default action ends the process even inside C code that never comes back.
         signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
         body = np.empty(0, np.uint8)
+        header: dict[str, Any]
         try:
             if asked == _WHOLE:
                 answer = decoder.whole(data, first)

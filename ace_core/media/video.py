@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,9 +74,42 @@ def decode_video(
         MediaError: ``empty``, ``too-large``, ``too-long``, ``too-many-pixels``, ``not-a-video``, ``no-frames``,
             ``zero-length``, ``truncated`` or ``corrupt``.
     """
-    check_bytes(data, limits)
     if start is not None and end is not None and end <= start:
         raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
+    clip = _decoded(data, limits, frames, size, start, end, backend, sampling)
+    assert isinstance(clip, VideoClip)
+    return clip
+
+
+def whole_video(
+    data: bytes,
+    limits: LimitSettings,
+    frames: int,
+    size: int | None,
+    most: float,
+    backend: Backend | None = None,
+    sampling: Sampling = "uniform",
+) -> VideoClip | float:
+    """As :func:`decode_video` of the whole file; of one that lasts longer than ``most`` seconds, how long it lasts.
+
+    Raises:
+        MediaError: as :func:`decode_video`.
+    """
+    return _decoded(data, limits, frames, size, None, None, backend, sampling, most)
+
+
+def _decoded(
+    data: bytes,
+    limits: LimitSettings,
+    frames: int,
+    size: int | None,
+    start: float | None,
+    end: float | None,
+    backend: Backend | None,
+    sampling: Sampling,
+    most: float = math.inf,
+) -> VideoClip | float:
+    check_bytes(data, limits)
     with open_container(data, Cause.NOT_A_VIDEO) as container:
         probe = probe_video(container, limits)
         seconds = probe.seconds or last_timestamp(container)
@@ -88,6 +122,8 @@ def decode_video(
             )
         if start is not None and last <= first:
             raise MediaError(Cause.ZERO_LENGTH, f"the part begins at {first} s, the video lasts {seconds:.2f} s")
+        if seconds > most:
+            return seconds
         times = _middles(first, last, frames)
         try:
             use_decord = (backend or available_backends()[0]) == "decord" and sniff(data) in _BY_DECORD
@@ -116,17 +152,6 @@ def _pictures(
     """The frames shown at ``times``, resized."""
     pictures = _by_decord(data, times, size) if use_decord else None
     return [_sized(f, size) for f in frames_at(container, times)] if pictures is None else pictures
-
-
-def video_seconds(data: bytes, limits: LimitSettings) -> float:
-    """Duration of a video, by its header or else its last packet.
-
-    Raises:
-        MediaError: as :func:`decode_video`.
-    """
-    check_bytes(data, limits)
-    with open_container(data, Cause.NOT_A_VIDEO) as container:
-        return probe_video(container, limits).seconds or last_timestamp(container)
 
 
 def _by_decord(data: bytes, times: np.ndarray, size: int | None) -> list[np.ndarray] | None:
