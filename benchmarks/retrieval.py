@@ -329,7 +329,7 @@ def main() -> None:
         report.figures["generator_seconds"] = round(system.seconds)
         report.figures["ranker"] = [system.ranker.generator, system.ranker.similarity]
         print(
-            f"  generator: {system.seconds:.0f} s; refinement {system.model.refinement:.2f}, {system.ranker}",
+            f"  generator: {system.seconds:.0f} s; refinement {system.model.refinement.tolist()}, {system.ranker}",
             flush=True,
         )
         measure(world, spaces, system, report)

@@ -86,15 +86,16 @@ class World:
 
 
 def make_world(data: DataSet, text: TextTable, most_queries: int) -> World:
-    """Deal captions and items to their parts; at most so many queries of each kind, evenly spread."""
+    """Deal captions and items to their parts; at most so many queries of each kind and modality, evenly spread."""
     split = data.split[data.rows]
     counts = np.bincount(data.rows, minlength=len(data.split))
     last = (data.position == counts[data.rows] - 1) & (counts[data.rows] > 1)
-    kept = np.flatnonzero((split == "train") & last)
-    kept = kept[:: max(1, len(kept) // _SEEN_QUERIES)]
-    test = np.flatnonzero(split == "test")
-    test = test[:: max(1, -(-len(test) // most_queries))]
-    seen = kept[1::2][:most_queries]
+    own = [np.flatnonzero(data.tokens[data.rows] == m.token) for m in data.features]
+    kept = [at[(split[at] == "train") & last[at]] for at in own]
+    kept = [at[:: max(1, len(at) // _SEEN_QUERIES)] for at in kept]
+    tests = [at[split[at] == "test"] for at in own]
+    test = np.concatenate([at[:: max(1, -(-len(at) // most_queries))] for at in tests])
+    seen = np.concatenate([at[1::2][:most_queries] for at in kept])
     tested = np.flatnonzero(data.split == "test")
     present = np.ones(len(data.split), bool)
     present[tested[1::2]] = False
@@ -102,7 +103,7 @@ def make_world(data: DataSet, text: TextTable, most_queries: int) -> World:
         data=data,
         text=text,
         train=np.flatnonzero((split == "train") & ~last),
-        validation=np.concatenate([np.flatnonzero(split == "val"), kept[::2]]),
+        validation=np.concatenate([np.flatnonzero(split == "val"), *(at[::2] for at in kept)]),
         unseen=Queries(test, data.rows[test]),
         seen=Queries(seen, data.rows[seen]),
         present=present,
@@ -193,20 +194,23 @@ class System:
         if len(captions):
             at = self._validation()
             batches = [self.batch(at[i : i + _QUERIES_AT_ONCE]) for i in range(0, len(at), _QUERIES_AT_ONCE)]
-            choose_refinement(self.model, batches, world.data.rows[at], vectors, weight=self._weights(at))
+            choose_refinement(self.model, batches, world.data.rows[at], vectors, tokens, trained=self._trained(at))
         self.ranker = Ranker(generator=0.0, similarity=scale)
         self._found: tuple[object, tuple[Candidates, np.ndarray, np.ndarray]] | None = None
 
     def _validation(self) -> np.ndarray:
-        """Validation captions of items that this system was fitted on, evenly spread."""
-        at = self.world.validation[self.world.present[self.world.data.rows[self.world.validation]]]
-        most = min(_RANKING_QUERIES, 2 * len(self.world.unseen.at))
-        return at[:: max(1, len(at) // most)]
-
-    def _weights(self, at: np.ndarray) -> np.ndarray:
-        """Queries for trained items and for others weigh the same, as in the product."""
+        """Validation captions of items that this system was fitted on, evenly spread over each modality's."""
         rows = self.world.data.rows
-        return even_weights(np.isin(rows[at], rows[self.world.train]))
+        at = self.world.validation[self.world.present[rows[self.world.validation]]]
+        most = min(_RANKING_QUERIES, 2 * len(self.world.unseen.at))
+        tokens = self.world.data.tokens[rows[at]]
+        own = [at[tokens == m] for m in np.unique(tokens)]
+        return np.concatenate([a[:: max(1, len(a) // most)] for a in own])
+
+    def _trained(self, at: np.ndarray) -> np.ndarray:
+        """(n,) bool, which captions are of trained items."""
+        rows = self.world.data.rows
+        return np.isin(rows[at], rows[self.world.train])
 
     def batch(self, at: np.ndarray) -> QueryBatch:
         mask = self.world.text.mask[at]
@@ -248,7 +252,7 @@ class System:
         found, rows, similar = self.find(at, np.arange(len(self.vectors)), VERIFIED)
         right = self.right(rows, self.world.data.rows[at])
         self.ranker = fit_ranker(
-            found.log_prob, similar, right, valid=found.valid, weight=self._weights(at), start=self.ranker
+            found.log_prob, similar, right, valid=found.valid, weight=even_weights(self._trained(at)), start=self.ranker
         )
 
     def right(self, rows: np.ndarray, gold: np.ndarray) -> np.ndarray:

@@ -73,6 +73,7 @@ def learn_ranking(
         figures: the number of queries and their recall.
     """
     queries = queries.sample(MAX_QUERIES, seed)
+    modality = codes[:, 0]
     order = sort_order(codes, quantizer.vocab_sizes)
     codes = codes[order]
     eight_bit = StoredVectors.of(vectors[order]) if stored else None
@@ -80,18 +81,16 @@ def learn_ranking(
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     gold = place[queries.rows]
-    refinement = float(generator.refinement)
-    weight = even_weights(np.isin(queries.rows, trained))
-    if len(queries) >= MIN_QUERIES:
-        batches = caption_batches(queries.texts, captions, aligner)
-        refinement = choose_refinement(generator, batches, queries.rows, vectors, weight=weight, seed=seed)
+    seen = np.isin(queries.rows, trained)
+    batches = caption_batches(queries.texts, captions, aligner)
+    refinement = choose_refinement(generator, batches, queries.rows, vectors, modality, trained=seen, seed=seed)
     refined, candidates = _search(generator, queries, captions, aligner, gallery, settings)
     if len(queries) < MIN_QUERIES:
         Ranker().save(folder / RANKING_NAME)
         return {"validation_queries": len(queries), "refinement": refinement}
     similar = similarity(refined, candidates, [gallery], quantizer)
     right = candidates.valid & (candidates.row == gold[:, None])
-    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid, weight=weight)
+    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid, weight=even_weights(seen))
     ranker.save(folder / RANKING_NAME)
     score = ranker.score(candidates.log_prob, similar, candidates.valid)
     own = np.where(right, score, -np.inf).max(1)

@@ -78,8 +78,8 @@ class Generator(nn.Module):
         )
         self._refine_out = nn.Linear(2 * width, self.dim)
 
-        self.refinement: torch.Tensor  # share of the learned correction that queries get; chosen on validation
-        self.register_buffer("refinement", torch.ones(()))
+        self.refinement: torch.Tensor  # share of the learned correction, by the modality asked for; set on validation
+        self.register_buffer("refinement", torch.ones(len(MODALITIES)))
 
         self._input = nn.Linear(self.dim, width)
         self._positions = nn.Parameter(torch.randn(self.levels - 1, width) * 0.02)
@@ -137,6 +137,11 @@ class Generator(nn.Module):
     def correction(self, query: QueryBatch) -> torch.Tensor:
         """What training would add to the queries, (n, D): of it, ``refinement`` is added."""
         return self._correction(query, *self._memories(query))
+
+    def _share(self, vector: torch.Tensor) -> torch.Tensor:
+        """(n, 1): the mean of ``refinement`` under what the queries say of the modality that they ask for."""
+        with torch.no_grad():
+            return self._modality_logits(vector).softmax(-1) @ self.refinement[:, None]
 
     def refine(self, query: QueryBatch) -> torch.Tensor:
         """The refined query q' (n, D) float32, L2-normalised and then a 1: what similarities are measured with."""
@@ -216,7 +221,8 @@ class Generator(nn.Module):
     def read(self, query: QueryBatch) -> Reading:
         """Read queries, once for any number of :meth:`spell` calls."""
         z, memories, mask = self._memories(query)
-        vector = unit_query(query.vector + self.refinement * self._correction(query, z, memories, mask))
+        correction = self._correction(query, z, memories, mask)
+        vector = unit_query(query.vector + self._share(query.vector) * correction)
         return Reading(vector, z, tuple(memories), mask)
 
     def spell(self, reading: Reading, codes: torch.Tensor) -> list[torch.Tensor]:
@@ -328,6 +334,7 @@ class Generator(nn.Module):
             nn.Module.__init__(model)
             settings = GeneratorSettings.model_validate(shape["settings"])
             model._build(settings, tables, shape["text_width"], shape["text_layers"])
+            state["refinement"] = state["refinement"].expand(len(MODALITIES))  # once, one share served all modalities
             model.load_state_dict(state)
         except (OSError, KeyError, IndexError, ValueError, RuntimeError) as e:
             raise StoreError(

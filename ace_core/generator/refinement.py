@@ -1,8 +1,10 @@
-"""How much of the learned correction a query gets: chosen on validation queries.
+"""How much of the learned correction a query gets: chosen for each modality on validation queries.
 
 On a large corpus the refined query finds more than the aligned one; on a few hundred captions it has learned those by
-heart and finds less. The share under which validation queries find best is between nothing and all of it. What counts
-is the rank: by likelihood, more of it was chosen than recall bears out.
+heart and finds less. One generator may serve pictures of the first kind and clips of the second. So the share is chosen
+for the queries of each modality by itself: what counts is that queries of neither kind (for items that were trained on,
+for others) find less than by the aligned query, and then the geometric mean of what both find. What counts is the rank:
+by likelihood, more of it was chosen than recall bears out.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import numpy as np
 import torch
 
 from ace_core.generator.model import Generator
+from ace_core.items import MODALITIES
 from ace_core.query import QueryBatch
 from ace_core.space import unit_query
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FEWEST_QUERIES = 10  # of a kind: fewer say nothing
 _MOST_ITEMS = 20_000  # items that a validation query's own competes with
 
 
@@ -26,37 +30,55 @@ def choose_refinement(
     queries: Iterable[QueryBatch],
     gold: np.ndarray,
     items: np.ndarray,
+    modality: np.ndarray,
     *,
-    weight: np.ndarray | None = None,
+    trained: np.ndarray | None = None,
     seed: int = 0,
-) -> float:
-    """Set ``generator.refinement`` to the share with the best mean reciprocal rank of the queries' own items (the
-    smallest of equals); returns it.
+) -> dict[str, float]:
+    """Set ``generator.refinement``; returns each modality's share by name. Where there are no queries to choose by, it
+    is 0: queries stay as they are aligned.
 
     Args:
         queries: validation queries, in batches.
         gold: (n,) rows of ``items``, each query's own.
         items: (N, D) float32 item vectors, as they are indexed; a sample of them competes where there are many.
-        weight: (n,) of the queries, of mean 1; by default all weigh the same.
+        modality: (N,) modality token of each item.
+        trained: (n,) bool, asks for an item that was trained on; by default all queries are of one kind.
     """
-    pairs = [(batch.vector, generator.correction(batch).float()) for batch in queries]
-    if not len(gold):
-        return float(generator.refinement)
-    vector, correction = (torch.cat(parts) for parts in zip(*pairs))
-    rows = np.unique(np.asarray(gold, np.int64))
-    if len(items) > _MOST_ITEMS:
-        others = np.random.default_rng(seed).choice(len(items), _MOST_ITEMS, replace=False)
-        rows = np.union1d(rows, others)
-    else:
-        rows = np.arange(len(items))
-    target = torch.from_numpy(np.searchsorted(rows, gold))
-    table = torch.from_numpy(np.ascontiguousarray(items[rows], np.float32)).T
-    weights = torch.ones(len(gold)).double() if weight is None else torch.from_numpy(weight)
-    found = {}
-    for share in _SHARES:
-        similar = unit_query(vector + share * correction) @ table
-        own = similar.gather(1, target[:, None])
-        found[share] = float((weights / (1 + (similar > own).sum(1))).mean())
-    best = max(_SHARES, key=lambda share: found[share])
-    generator.refinement.fill_(best)
-    return best
+    generator.refinement.zero_()
+    if len(gold):
+        pairs = [(batch.vector, generator.correction(batch).float()) for batch in queries]
+        vector, correction = (torch.cat(parts) for parts in zip(*pairs))
+        rows = np.unique(np.asarray(gold, np.int64))
+        if len(items) > _MOST_ITEMS:
+            others = np.random.default_rng(seed).choice(len(items), _MOST_ITEMS, replace=False)
+            rows = np.union1d(rows, others)
+        else:
+            rows = np.arange(len(items))
+        target = torch.from_numpy(np.searchsorted(rows, gold))
+        table = torch.from_numpy(np.ascontiguousarray(items[rows], np.float32)).T
+        found = {}
+        for share in _SHARES:
+            similar = unit_query(vector + share * correction) @ table
+            own = similar.gather(1, target[:, None])
+            found[share] = (1 / (1 + (similar > own).sum(1))).numpy()
+        asked = modality[gold]
+        kind = np.zeros(len(gold), bool) if trained is None else trained
+        for m in MODALITIES:
+            kinds = [(asked == m.token) & (kind == which) for which in (False, True)]
+            kinds = [k for k in kinds if k.sum() >= _FEWEST_QUERIES]
+            if kinds:
+                means = {share: [float(f[k].mean()) for k in kinds] for share, f in found.items()}
+                generator.refinement[m.token] = _best(means)
+    return {m.value: float(generator.refinement[m.token]) for m in MODALITIES if (modality == m.token).any()}
+
+
+def _best(found: dict[float, list[float]]) -> float:
+    """The share under which no kind finds less than without the correction, then all find most; the smallest of
+    equals."""
+
+    def merit(share: float) -> tuple[float, float]:
+        ratios = [ours / max(own, 1e-6) for ours, own in zip(found[share], found[0.0])]
+        return round(min(1.0, *ratios), 2), round(float(np.log(np.maximum(ratios, 1e-6)).sum()), 6)
+
+    return max(found, key=merit)
