@@ -310,15 +310,15 @@ def _candidates(walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Mas
         tokens = np.zeros((queries, 0, walk.levels))
         return Candidates(empty.astype(bool), empty, empty, empty.astype(np.float32), tokens.astype(np.float32),
                           tokens.astype(np.uint16))  # fmt: skip
-    segment, item, leaf, found = walk.collect(rows, walk.masks(masks, queries), limit)
-    valid = np.arange(item.shape[1]) < found[:, None]
+    segment, item, leaf, score = walk.collect(rows, walk.masks(masks, queries), limit)
+    valid = score > -np.inf
     take = np.arange(queries)[:, None], leaf
     blank = ~valid[..., None]
     return Candidates(
         valid=valid,
         segment=segment,
         row=item,
-        log_prob=np.where(valid, rows.score[take], -np.inf).astype(np.float32),
+        log_prob=score,
         level_log_prob=np.where(blank, -np.inf, rows.level_log_prob[take]).astype(np.float32),
         codes=np.where(blank, 0, rows.codes[take]).astype(np.uint16),
     )

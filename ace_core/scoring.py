@@ -19,36 +19,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredVectors:
-    """8-bit item vectors.
+class Remainders:
+    """What their identifiers leave of item vectors, x - x̂, in 8 bits.
+
+    x itself in as many bits would be off by several times as much: a remainder is shorter, so its steps are smaller.
 
     Attributes:
-        vectors: (n, D) int8.
-        scales: (n,) float32; row i stands for ``vectors[i] * scales[i]``.
+        steps: (n, D) int8.
+        scales: (n,) float32; the remainder of row i is ``steps[i] * scales[i]``.
     """
 
-    vectors: np.ndarray
+    steps: np.ndarray
     scales: np.ndarray
 
     @classmethod
-    def of(cls, x: np.ndarray) -> StoredVectors:
-        """Quantise (n, D) float vectors, each with its own scale."""
-        scales = np.maximum(np.abs(x).max(axis=1), 1e-12).astype(np.float32) / 127
-        return cls(np.rint(x / scales[:, None]).astype(np.int8), scales)
+    def of(cls, left: np.ndarray) -> Remainders:
+        """Quantise remainders (n, D), each with its own scale."""
+        scales = np.maximum(np.abs(left).max(axis=1), 1e-12).astype(np.float32) / 127
+        return cls(np.rint(left / scales[:, None]).astype(np.int8), scales)
+
+    @property
+    def nbytes(self) -> int:
+        return self.steps.nbytes + self.scales.nbytes
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors (m, D) float32 of some rows."""
-        return self.vectors[rows] * self.scales[rows, None]
+        """Remainders (m, D) float32 of some rows."""
+        return self.steps[rows] * self.scales[rows, None]
 
-    def similarities(self, queries: np.ndarray, rows: np.ndarray, chosen: np.ndarray, out: np.ndarray) -> None:
-        """Fill ``out`` (n, c) float32 with inner products of queries (n, D) float32 and rows (n, c), where chosen."""
+    def add_products(self, queries: np.ndarray, rows: np.ndarray, chosen: np.ndarray, out: np.ndarray) -> None:
+        """Add to ``out`` (n, c) float32 the products of queries (n, D) float32 and rows (n, c), where chosen."""
         from ace_core import kernels
 
-        kernels.similarities(queries, *self._addresses, rows, chosen, out)
+        kernels.add_products(queries, *self._addresses, rows, chosen, out)
 
     @cached_property
     def _addresses(self) -> tuple[np.uint64, np.uint64]:
-        return _address(self.vectors), _address(self.scales)
+        return _address(self.steps), _address(self.scales)
 
 
 class Codewords:
@@ -81,22 +87,23 @@ class Gallery:
     Attributes:
         index: constraint index over the items.
         codes: (items, levels) uint16, sorted.
-        stored: their vectors, or None: then an item is rebuilt from its codes.
+        stored: what their identifiers leave of them, or None: then an item is what its codes stand for.
     """
 
     index: ConstraintIndex
     codes: np.ndarray
-    stored: StoredVectors | None = None
+    stored: Remainders | None = None
 
     def vectors(self, rows: np.ndarray, quantizer: Quantizer) -> np.ndarray:
         """(m, D) float32 item vectors that similarities are measured with."""
-        return quantizer.reconstruct(self.codes[rows]) if self.stored is None else self.stored.rows(rows)
+        rebuilt = quantizer.reconstruct(self.codes[rows])
+        return rebuilt if self.stored is None else rebuilt + self.stored.rows(rows)
 
 
 def similarity(
     queries: np.ndarray, candidates: Candidates, galleries: Sequence[Gallery], quantizer: Quantizer
 ) -> np.ndarray:
-    """Inner product of each candidate's item vector with its query.
+    """Inner product of each candidate's item vector with its query: a term a token, and that of the remainder.
 
     Args:
         queries: (n, D) float32, refined by the generator (:meth:`ace_core.generator.model.Generator.refine`).
@@ -105,15 +112,14 @@ def similarity(
     Returns:
         (n, c) float32; zeros where a candidate is not valid.
     """
-    out = np.zeros(candidates.valid.shape, np.float32)
+    products = quantizer.short_codewords.products(queries)
+    tokens = candidates.codes + np.cumsum([0, *quantizer.vocab_sizes[:-1]])
+    out = np.take_along_axis(products, tokens.reshape(len(products), -1), 1).reshape(tokens.shape).sum(2)
+    out[~candidates.valid] = 0
     for number, gallery in enumerate(galleries):
-        here = candidates.valid & (candidates.segment == number)
         if gallery.stored is not None:
-            gallery.stored.similarities(queries, candidates.row, here, out)
-            continue
-        query, _ = np.nonzero(here)
-        if len(query):
-            out[here] = np.einsum("nd,nd->n", queries[query], gallery.vectors(candidates.row[here], quantizer))
+            here = candidates.valid & (candidates.segment == number)
+            gallery.stored.add_products(queries, candidates.row, here, out)
     return out
 
 

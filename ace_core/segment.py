@@ -7,7 +7,7 @@ merges. Its folder holds
 - ``constraint.safetensors``: the constraint index over them
 - ``items.arrow``: what is known of each item, in the same order, memory-mapped, in runs of some 100,000 items
 - ``lookup.safetensors``: where an id, and a file's content, is in ``items.arrow`` (:mod:`ace_core.lookup`)
-- ``vectors.safetensors`` (optional): ``vectors`` int8 (items, D) and ``scales`` float32 (items,)
+- ``remainders.safetensors`` (optional): ``steps`` int8 (items, D) and ``scales`` float32 (items,)
 - ``manifest.json``
 """
 
@@ -30,11 +30,14 @@ from ace_core.errors import StoreError
 from ace_core.items import AttributeValue, Modality
 from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, read_manifest, verify_files
-from ace_core.scoring import Gallery, StoredVectors
+from ace_core.scoring import Gallery, Remainders
 
 ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
+
+FORMAT = 2
+"""Of a segment's files: the first stored whole 8-bit vectors, the second what identifiers leave of them."""
 
 LOOKUPS = ("item_id", "content_hash")
 """Columns that rows are found by."""
@@ -86,13 +89,18 @@ class Segment:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder, expect="segment")
         verify_files(folder, self.manifest, hashes=verify)
-        vectors: dict[str, np.ndarray] | None = None
         if "vectors.safetensors" in self.manifest.files:
-            vectors = map_arrays(folder / "vectors.safetensors")
+            raise StoreError(
+                f"a segment of format 1 (this ACE reads {FORMAT})", where=folder, remedy="Run `ace publish` again."
+            )
+        stored: Remainders | None = None
+        if "remainders.safetensors" in self.manifest.files:
+            arrays = map_arrays(folder / "remainders.safetensors")
+            stored = Remainders(arrays["steps"], arrays["scales"])
         self.gallery: Gallery = Gallery(
             index=ConstraintIndex.load(folder / "constraint.safetensors"),
             codes=map_arrays(folder / "identifiers.safetensors")["codes"],
-            stored=None if vectors is None else StoredVectors(vectors["vectors"], vectors["scales"]),
+            stored=stored,
         )
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / "items.arrow"))).read_all()
         self._batches: list[pa.RecordBatch] = self.items.to_batches()

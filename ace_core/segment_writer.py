@@ -23,26 +23,27 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.identifiers import check_identifiers, sort_order
 from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, hash_folder, write_manifest
-from ace_core.scoring import StoredVectors
+from ace_core.scoring import Remainders
 from ace_core.segment import ITEM_COLUMNS, LOOKUPS, item_versions
 
 _WAITING = 65_536  # rows collected before they are put in their buckets
 _BUCKETS = 256
 
 
-def segment_rows(items: pa.Table, codes: np.ndarray, vectors: np.ndarray | None = None) -> pa.Table:
+def segment_rows(items: pa.Table, codes: np.ndarray, left: np.ndarray | None = None) -> pa.Table:
     """Items with their identifiers, as :meth:`SegmentWriter.add` takes them.
 
     Args:
         items: n rows, columns of :data:`ace_core.segment.ITEM_COLUMNS` and ``attributes`` (JSON text).
         codes: (n, levels) uint16 identifiers.
-        vectors: (n, D) aligned embeddings, to be stored as 8-bit vectors; None stores none.
+        left: (n, D) what these identifiers leave of the item vectors, x - x̂, to be stored in 8 bits; None stores
+            nothing of them.
     """
     rows = items.select([*ITEM_COLUMNS, "attributes"]).append_column("version", item_versions(items))
     rows = rows.append_column("codes", _packed(codes.astype(np.uint16)))
-    if vectors is not None:
-        stored = StoredVectors.of(vectors)
-        rows = rows.append_column("vector", _packed(stored.vectors))
+    if left is not None:
+        stored = Remainders.of(left)
+        rows = rows.append_column("remainder", _packed(stored.steps))
         rows = rows.append_column("scale", pa.array(stored.scales, pa.float32()))
     return rows
 
@@ -56,7 +57,7 @@ def write_segment(
     items: pa.Table,
     corpus_root: str,
     inputs: dict[str, str],
-    vectors: np.ndarray | None = None,
+    left: np.ndarray | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write a segment of items that are all at hand; arguments as of :func:`segment_rows` and :class:`SegmentWriter`.
@@ -66,7 +67,7 @@ def write_segment(
     """
     check_identifiers(codes.astype(np.uint16), vocab_sizes)
     with SegmentWriter(folder, vocab_sizes) as writer:
-        writer.add(segment_rows(items, codes, vectors))
+        writer.add(segment_rows(items, codes, left))
         return writer.finish(segment_id, corpus_root=corpus_root, inputs=inputs, metrics=metrics or {})
 
 
@@ -118,7 +119,7 @@ class SegmentWriter:
         codes = np.empty((self._count, len(self._vocab_sizes)), np.uint16)
         sums = {name: np.empty(self._count, np.uint32) for name in LOOKUPS}
         scales = np.empty(self._count, np.float32)
-        items, vectors, start = None, None, 0
+        items, remainders, start = None, None, 0
         try:
             for rows in self._sorted_runs():
                 end = start + rows.num_rows
@@ -129,19 +130,19 @@ class SegmentWriter:
                 if items is None:
                     items = pa.ipc.new_file(str(self._folder / "items.arrow"), table.schema)
                 items.write_table(table)
-                if "vector" in rows.column_names:
-                    if vectors is None:
-                        width = rows.schema.field("vector").type.byte_width
-                        shapes = {"vectors": ((self._count, width), np.int8), "scales": ((self._count,), np.float32)}
-                        vectors = (self._folder / "vectors.safetensors").open("wb")
-                        vectors.write(array_header(shapes)[0])
-                    vectors.write(_unpacked(rows.column("vector"), np.int8).data)
+                if "remainder" in rows.column_names:
+                    if remainders is None:
+                        width = rows.schema.field("remainder").type.byte_width
+                        shapes = {"steps": ((self._count, width), np.int8), "scales": ((self._count,), np.float32)}
+                        remainders = (self._folder / "remainders.safetensors").open("wb")
+                        remainders.write(array_header(shapes)[0])
+                    remainders.write(_unpacked(rows.column("remainder"), np.int8).data)
                     scales[start:end] = rows.column("scale").to_numpy()
                 start = end
-            if vectors is not None:
-                vectors.write(scales.data)
+            if remainders is not None:
+                remainders.write(scales.data)
         finally:
-            for opened in (items, vectors):
+            for opened in (items, remainders):
                 if opened is not None:
                     opened.close()
         save_arrays(self._folder / "identifiers.safetensors", {"codes": codes})

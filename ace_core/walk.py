@@ -17,7 +17,7 @@ from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
 
-_SPREAD, _MORE = 4, 800  # prefixes for each row of a draft, and how many more there may be than rows
+_SPREAD, _MORE = 4, 450  # prefixes for each row of a draft, and how many more there may be than rows
 
 Masks = Sequence[ItemMask | None]
 """One mask for each segment; None allows all its items."""
@@ -191,14 +191,16 @@ class Walk:
         """The allowed items of complete rows: best row first, inside a row by segment and item.
 
         Returns:
-            segment, item, leaf: (n, c) int64, c at most ``limit``; found: (n,) int64, how many of each are real.
+            segment, item, leaf: (n, c) int64, c at most ``limit``; score: (n, c) float32, the leaf's, -inf where there
+            is no item.
         """
         capacity = min(limit, self.items)
         segment, item, leaf = np.zeros((3, len(rows.live), capacity), np.int64)
+        score = np.full((len(rows.live), capacity), -np.inf, np.float32)
         found = np.empty(len(rows.live), np.int64)
-        kernels.collect(masks.bits, rows.low, rows.high, rows.live, segment, item, leaf, found)
+        kernels.collect(masks.bits, rows.low, rows.high, rows.score, rows.live, segment, item, leaf, score, found)
         width = int(found.max(initial=0))
-        return segment[:, :width], item[:, :width], leaf[:, :width], found
+        return segment[:, :width], item[:, :width], leaf[:, :width], score[:, :width]
 
     def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> MaskAddresses:
         """Masks as the kernels read them: for all queries one mask a segment, or for every query its own.
@@ -268,10 +270,12 @@ def draft_widths(keep: int, levels: int, depth: int) -> list[int]:
     (on a CPU; on an accelerator these widths go on).
 
     More in the middle than at the end, because what a coarse prefix promises is a poor guide to its best item, and
-    looking at more prefixes costs less than re-ranking more items.
+    looking at more prefixes costs less than re-ranking more items. Fewer at the beginning, where what is below half as
+    many prefixes fills the middle as well.
     """
     narrow, wide = min(2, depth - 1), min(_SPREAD * keep, keep + _MORE)
-    return [keep if level < narrow or level == levels - 1 else wide for level in range(levels)]
+    widths = [(keep + 1) // 2 if level < narrow else wide for level in range(levels - 1)]
+    return [*widths, keep]
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:

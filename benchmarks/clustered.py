@@ -78,6 +78,15 @@ class Codes:
     def vocab_sizes(self) -> tuple[int, ...]:
         return tuple(len(table) for table in self.codewords)
 
+    def left(self, x: np.ndarray) -> np.ndarray:
+        """(items, D) float32: what the identifiers leave of items' vectors, by row."""
+        left = x[self.order]
+        for begin in range(0, len(left), _CHUNK):
+            rows = slice(begin, begin + _CHUNK)
+            for level, table in enumerate(self.codewords):
+                left[rows] -= table[self.codes[rows, level]]
+        return left
+
     def tables(self, queries: np.ndarray, scale: float = 50.0) -> list[np.ndarray]:
         """Per level (n, V_l) float32 log-probabilities: the softmax of scale * q . codeword, as a fresh generator's
         heads give them; their sum ranks items as q . x̂ does."""

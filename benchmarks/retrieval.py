@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings
 from ace_core.evaluation import Interval, compare, compare_unpaired, exact_ranks, ivf_results, ranks_in, summarise
 from ace_core.quantize.fit import fit_quantizer
-from ace_core.scoring import StoredVectors
+from ace_core.scoring import Remainders
 from benchmarks.measure import table
 from benchmarks.retrieval_curves import curves
 from benchmarks.retrieval_data import load_sets, text_table
@@ -166,7 +166,7 @@ def untrained(world: World, spaces: Spaces, settings: QuantizerSettings, report:
     for case, (items, asked) in cases.items():
         quantizer, _ = fit_quantizer(items[here], tokens[here], settings, queries=asked)
         rebuilt = quantizer.reconstruct(quantizer.assign(items, tokens))
-        stored = StoredVectors.of(items).rows(everything)
+        stored = rebuilt + Remainders.of(items - rebuilt).rows(everything)
         for where, q, gallery in (
             ("unseen_test", world.unseen, world.test_items),
             ("unseen_all", world.unseen, everything),

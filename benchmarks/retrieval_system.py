@@ -28,7 +28,7 @@ from ace_core.manifest import fingerprint
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.query import QueryBatch
 from ace_core.ranking import Ranker, even_weights, fit_ranker
-from ace_core.scoring import Gallery, StoredVectors, similarity
+from ace_core.scoring import Gallery, Remainders, similarity
 from ace_core.walk import Walk
 from benchmarks.retrieval_data import DataSet, TextTable
 
@@ -224,7 +224,8 @@ class System:
         """Items (corpus rows) as a searched segment."""
         order = rows[sort_order(self.codes[rows], self.quantizer.vocab_sizes)]
         index = ConstraintIndex.build(self.codes[order], self.quantizer.vocab_sizes)
-        return Ready(Gallery(index, self.codes[order], StoredVectors.of(self.vectors[order])), Walk([index]), order)
+        stored = Remainders.of(self.vectors[order] - self.quantizer.reconstruct(self.codes[order]))
+        return Ready(Gallery(index, self.codes[order], stored), Walk([index]), order)
 
     def find(
         self, at: np.ndarray, rows: np.ndarray, settings: SearchSettings

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ace_core.constraint import ConstraintIndex
-from ace_core.scoring import Codewords, StoredVectors
+from ace_core.scoring import Codewords, Remainders
 from ace_core.walk import Walk
 from benchmarks.clustered import Codes, World, coded, queries_near
 from benchmarks.measure import interleaved, table, write_figures
@@ -38,25 +38,26 @@ class OneShot:
         self.walk = Walk([self.index])
         self._masks = self.walk.masks(None, 1)
         self._codewords = Codewords(codes.codewords)
-        self.stored = None if vectors is None else StoredVectors.of(vectors[codes.order])
+        self.stored = None if vectors is None else Remainders.of(codes.left(vectors))
 
-    def _candidates(self, query: np.ndarray, draft: int, limit: int) -> np.ndarray:
+    def _candidates(self, query: np.ndarray, draft: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (1, c) of the best items, and their similarities by codes up to a constant."""
         scores = self._codewords.products(query)
         scores -= scores.max()  # up to a constant for each level, log-probabilities
-        rows = self.walk.draft(scores, draft, self._masks)
-        return self.walk.collect(rows, self._masks, limit)[1]
+        found = self.walk.draft(scores, draft, self._masks)
+        _, rows, _, similar = self.walk.collect(found, self._masks, limit)
+        return rows, similar
 
     def from_codes(self, draft: int) -> Search:
-        return lambda query: self.codes.order[self._candidates(query, draft, 10)[0]]
+        return lambda query: self.codes.order[self._candidates(query, draft, 10)[0][0]]
 
     def with_vectors(self, draft: int) -> Search:
         assert self.stored is not None
         stored = self.stored
 
         def search(query: np.ndarray) -> np.ndarray:
-            rows = self._candidates(query, draft, draft)
-            similar = np.empty(rows.shape, np.float32)
-            stored.similarities(query, rows, np.ones(rows.shape, bool), similar)
+            rows, similar = self._candidates(query, draft, draft)
+            stored.add_products(query, rows, np.ones(rows.shape, bool), similar)
             best = np.argpartition(-similar[0], 9)[:10] if rows.shape[1] > 10 else slice(None)
             return self.codes.order[rows[0, best]]
 
@@ -181,10 +182,12 @@ def main() -> None:
     ours = OneShot(codes, x)
     drafts = (25, 50, 100, 150, 200, 300, 400, 800)
     assert ours.stored is not None
-    vectors = ours.stored.vectors.nbytes + ours.stored.scales.nbytes
     for draft in drafts:
         ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.index.nbytes
-        ways[f"one-shot, 8-bit vectors, draft {draft}"] = ours.with_vectors(draft), ours.index.nbytes + vectors
+        ways[f"one-shot, 8-bit vectors, draft {draft}"] = (
+            ours.with_vectors(draft),
+            ours.index.nbytes + ours.stored.nbytes,
+        )
     exact = np.stack([ways["Flat"][0](q[None]) for q in queries])
     numbers = iter(range(10**9))
     runs = {name: (lambda s=search: s(queries[[next(numbers) % len(queries)]])) for name, (search, _) in ways.items()}
@@ -217,7 +220,7 @@ def main() -> None:
         figures[f"{name}_at"] = reach
     refined_bytes = max(size for n, (_, size) in ways.items() if "Refine" in n)
     figures["memory_vs_ivfpq"] = refined_bytes / ours.index.nbytes
-    figures["memory_vs_ivfpq_with_vectors"] = refined_bytes / (ours.index.nbytes + vectors)
+    figures["memory_vs_ivfpq_with_vectors"] = refined_bytes / (ours.index.nbytes + ours.stored.nbytes)
     encoder, eager = encoder_seconds(seconds / 6).values()
     one_shot = taken["one-shot, codes only, draft 200"]
     print(f"\ntext encoder: {1e3 * encoder:.2f} ms a query (transformers: {1e3 * eager:.2f})")

@@ -107,8 +107,9 @@ class AssignIdentifiers:
             rows = np.frombuffer(chosen, np.int32)
             table, x = table.take(pa.array(rows)), x[rows]
         codes = self._quantizer.assign(x, np.full(len(x), modality.token))
-        error = float(np.square(x - self._quantizer.reconstruct(codes)).sum())
-        return Assigned(segment_rows(table.drop_columns("embedding"), codes, x if self._stored else None), error)
+        left = x - self._quantizer.reconstruct(codes)
+        rows = segment_rows(table.drop_columns("embedding"), codes, left if self._stored else None)
+        return Assigned(rows, float(np.square(left).sum()))
 
 
 def assign_identifiers(

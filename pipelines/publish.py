@@ -20,7 +20,7 @@ from ace_core.items import MODALITIES
 from ace_core.manifest import MANIFEST_NAME, Manifest, fingerprint, verify_files
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.retriever import Retriever
-from ace_core.segment import Segment
+from ace_core.segment import FORMAT, Segment
 from ace_core.segment_writer import SegmentWriter
 from ace_core.snapshot import ModelKind, PartRef, Snapshot, SnapshotManifest, write_snapshot
 from ace_store import Current, Store
@@ -28,6 +28,7 @@ from ace_store.store import folder_of
 from pipelines.assign import assign_identifiers
 from pipelines.corpus import load_captions
 from pipelines.progress import Reporter, counted_items
+from pipelines.removed import still_kept_out
 
 PROBES = 8  # captions asked of a new snapshot before it becomes the current one
 
@@ -74,7 +75,8 @@ class Models:
 
 
 def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
-    """Publish all items of the latest features; nothing is done when that is what ``CURRENT`` names.
+    """Publish all items of the latest features but those that were removed by name (:mod:`pipelines.removed`); nothing
+    is done when that is what ``CURRENT`` names.
 
     Items stream through: memory holds ids, captions and attributes of all while it decides which captions the index may
     know, then only identifiers; vectors never.
@@ -94,8 +96,9 @@ def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> Snaps
     models = Models.load(store, generator.id)
     same_encoders(store, features, generator)
     segment = segment_part(store, features, models, None, settings, reporter)
-    manifest = snapshot_manifest(store, features, models, [segment], {}, parent=None, note="publish")
-    return commit(store, manifest, {}, seen, reporter, started)
+    tombstones = still_kept_out(store, seen, segment, reporter)
+    manifest = snapshot_manifest(store, features, models, [segment], tombstones, parent=None, note="publish")
+    return commit(store, manifest, tombstones, seen, reporter, started)
 
 
 def same_encoders(store: Store, features: Manifest, generator: Manifest) -> None:
@@ -132,7 +135,7 @@ def segment_part(
     """
     inputs: dict[str, str] = {"features": features.id} | {str(kind): part for kind, part in models.ids.items()}
     which = None if chosen is None else hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest()
-    segment_id = fingerprint("segment", inputs, models.vectors, settings.split.model_dump(), which)
+    segment_id = fingerprint("segment", FORMAT, inputs, models.vectors, settings.split.model_dump(), which)
     if store.find("segment", segment_id) is None:
         captions = load_captions(store, models.texts)
         total = sum(features.metrics["items"].values()) if chosen is None else int(chosen.sum())

@@ -21,7 +21,7 @@ from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
 from ace_core.ranking import Ranker, even_weights, fit_ranker
 from ace_core.retriever import RANKING_NAME
-from ace_core.scoring import Gallery, StoredVectors, similarity
+from ace_core.scoring import Gallery, Remainders, similarity
 from ace_core.walk import Walk
 from pipelines.texts import CaptionFeatures
 
@@ -76,7 +76,7 @@ def learn_ranking(
     modality = codes[:, 0]
     order = sort_order(codes, quantizer.vocab_sizes)
     codes = codes[order]
-    eight_bit = StoredVectors.of(vectors[order]) if stored else None
+    eight_bit = Remainders.of(vectors[order] - quantizer.reconstruct(codes)) if stored else None
     gallery = Gallery(ConstraintIndex.build(codes, quantizer.vocab_sizes), codes, eight_bit)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))

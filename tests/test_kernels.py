@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ace_core import kernels
 from ace_core.kernels import compiled
 from ace_core.kernels.selection import nth_largest, order_best_first
-from ace_core.scoring import Codewords, StoredVectors
+from ace_core.scoring import Codewords, Remainders
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 scores = st.one_of(
@@ -35,16 +35,16 @@ def test_best_first_is_a_stable_sort(values):
 
 
 @pytest.mark.parametrize("dim", [1, 7, 64, 257])
-def test_similarities_of_chosen_rows(dim):
+def test_products_of_chosen_rows_are_added(dim):
     rng = np.random.default_rng(dim)
-    stored = StoredVectors.of(rng.standard_normal((50, dim)).astype(np.float32))
+    stored = Remainders.of(rng.standard_normal((50, dim)).astype(np.float32))
     queries = rng.standard_normal((3, dim)).astype(np.float32)
     rows = rng.integers(0, 50, (3, 9))
     chosen = rng.random((3, 9)) < 0.7
     out = np.full((3, 9), 7.0, np.float32)
-    stored.similarities(queries, rows, chosen, out)
+    stored.add_products(queries, rows, chosen, out)
     exact = np.einsum("nd,ncd->nc", queries.astype(np.float64), stored.rows(rows.ravel()).reshape(3, 9, dim))
-    np.testing.assert_allclose(out, np.where(chosen, exact, 7.0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, np.where(chosen, 7.0 + exact, 7.0), rtol=1e-5, atol=1e-5)
 
 
 def test_products_with_short_codewords():
@@ -61,6 +61,6 @@ def test_products_with_short_codewords():
 
 
 def test_compiled_again_when_any_file_of_the_kernels_changes():
-    for kernel in (kernels.expand, kernels.draft, kernels.similarities):
+    for kernel in (kernels.expand, kernels.draft, kernels.add_products):
         cache = kernel._cache._cache_file  # type: ignore[attr-defined]
         assert cache._source_stamp == compiled._STAMP  # the name under which numba compares what it finds

@@ -12,7 +12,7 @@ import pytest
 from ace_core import segment_writer
 from ace_core.constraint import ConstraintIndex
 from ace_core.errors import StoreError
-from ace_core.scoring import StoredVectors
+from ace_core.scoring import Remainders
 from ace_core.segment import Segment
 from ace_core.segment_writer import SegmentWriter, segment_rows, write_segment
 from tests.tiny_store import item_rows
@@ -53,9 +53,9 @@ def test_rows_that_wait_on_disk_end_where_rows_in_memory_do(
         order = np.array(sorted(range(N), key=lambda i: (codes[i].tolist(), items.column("item_id")[i].as_py())))
         np.testing.assert_array_equal(segment.gallery.codes, codes[order])
         assert segment.items.column("item_id").to_pylist() == items.column("item_id").take(pa.array(order)).to_pylist()
-        expected = StoredVectors.of(vectors[order])
+        expected = Remainders.of(vectors[order])
         assert segment.gallery.stored is not None
-        np.testing.assert_array_equal(segment.gallery.stored.vectors, expected.vectors)
+        np.testing.assert_array_equal(segment.gallery.stored.steps, expected.steps)
         np.testing.assert_array_equal(segment.gallery.stored.scales, expected.scales)
     assert whole.items.equals(spilled.items)
     rows = np.random.default_rng(2).integers(0, N, 40)

@@ -105,15 +105,16 @@ class TinyStore:
     def segment(self, segment_id: str, first: int, count: int, *, stored: bool = False) -> str:
         """Write a segment of items ``first .. first + count``."""
         x = vectors_of(self.aligner, first, count)
+        codes = self.quantizer.assign(x, np.arange(first, first + count) % 3)
         write_segment(
             self.path / "segments" / segment_id,
             segment_id=segment_id,
-            codes=self.quantizer.assign(x, np.arange(first, first + count) % 3),
+            codes=codes,
             vocab_sizes=self.quantizer.vocab_sizes,
             items=item_rows(first, count),
             corpus_root=str(self.path / "corpus"),
             inputs=self.inputs,
-            vectors=x if stored else None,
+            left=x - self.quantizer.reconstruct(codes) if stored else None,
         )
         return segment_id
 

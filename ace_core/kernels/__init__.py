@@ -1,4 +1,4 @@
-"""Compiled loops over the constraint index and the stored vectors (CPU).
+"""Compiled loops over the constraint index, the codewords and the stored remainders (CPU).
 
 Why numba: the walk is a data-dependent loop over a few hundred real children a row, which tensor operations can only
 do by padding every row to its level's vocabulary; a compiled loop looks at the children alone and rejects most of
@@ -15,6 +15,6 @@ from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft
 from ace_core.kernels.expand import expand
 from ace_core.kernels.items import collect, mark_parents
-from ace_core.kernels.similarity import products, similarities
+from ace_core.kernels.similarity import add_products, products
 
-__all__ = ["Layout", "collect", "complete", "draft", "expand", "mark_parents", "products", "similarities"]
+__all__ = ["Layout", "add_products", "collect", "complete", "draft", "expand", "mark_parents", "products"]

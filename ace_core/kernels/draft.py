@@ -21,6 +21,9 @@ from ace_core.kernels.compiled import (
 )
 from ace_core.kernels.selection import nth_largest, order_best_first
 
+_SAMPLE, _SAMPLED = 16, 8  # one child of so many is looked at first, where there are so many for each that is kept
+_CHUNK = 16384  # items that are looked at together
+
 
 @compiled
 def _cut_nodes(node, parent, score, size, keep, scratch):
@@ -44,6 +47,28 @@ def _cut_nodes(node, parent, score, size, keep, scratch):
 
 
 @compiled
+def _likely_threshold(tokens, rows, low, high, base, table, keep, values, scratch):
+    """A score that somewhat more than ``keep`` children of rows are likely to pass, from a sample of them; -inf where
+    they are few."""
+    children = 0
+    for r in range(rows):
+        children += high[r] - low[r]
+    if children < _SAMPLED * keep:
+        return -np.inf
+    share = max(_SAMPLE, children // len(values) + 1)  # one child of so many is looked at
+    count = at = 0
+    for r in range(rows):
+        while at < high[r] - low[r]:
+            values[count] = base[r] + table[tokens[np.uint64(low[r] + at)]]
+            count += 1
+            at += share
+        at -= high[r] - low[r]
+    expected = keep * count / children
+    n = np.int64(expected + 3.0 * np.sqrt(expected)) + 1
+    return nth_largest(values, count, n, scratch) if n <= count else -np.inf
+
+
+@compiled
 def _best_children(
     tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
 ):  # fmt: skip
@@ -52,35 +77,40 @@ def _best_children(
     for i in range(len(table)):
         best = max(best, table[i])
     order_best_first(base, rows, order, other)  # so that the threshold rises at once
+    likely = _likely_threshold(tokens, rows, low, high, base, table, keep, score, scratch)
+    size = _children_above(
+        likely, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
+    )
+    if size < keep and likely > -np.inf:
+        size = _children_above(
+            -np.inf, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
+        )
+    return size
+
+
+@compiled
+def _children_above(
+    threshold, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
+):  # fmt: skip
+    """:func:`_best_children` of those above a threshold."""
     allowed = uint64_at(bits)
     size = 0
-    threshold = -np.inf
     for ordinal in range(rows):
         r = order[ordinal]
-        if base[r] + best <= threshold:
+        here = base[r]
+        if here + best <= threshold:
             break
-        at, end = low[r], high[r]
-        while True:
-            stop = min(end, at + len(score) - size)
-            if bits == NO_MASK:
-                for i in range(np.uint64(at), np.uint64(stop)):
-                    total = base[r] + table[tokens[i]]
-                    node[size] = i
-                    parent[size] = r
-                    score[size] = total
-                    size += total > threshold
-            else:
-                for i in range(np.uint64(at), np.uint64(stop)):
-                    total = base[r] + table[tokens[i]]
-                    if total > threshold and (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
-                        node[size] = i
-                        parent[size] = r
-                        score[size] = total
-                        size += 1
-            at = stop
-            if at == end:
-                break
-            size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+        for i in range(np.uint64(low[r]), np.uint64(high[r])):
+            total = here + table[tokens[i]]
+            if total > threshold:
+                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
+                    continue
+                node[size] = i
+                parent[size] = r
+                score[size] = total
+                size += 1
+                if size == len(score):
+                    size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
     return _cut_nodes(node, parent, score, size, keep, scratch)[0]
 
 
@@ -110,62 +140,88 @@ def _run_end(tokens, stride, count, item, end):
 
 @compiled
 def _best_items(
-    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch,
+    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, totals, highest, scratch,
 ):  # fmt: skip
     """The best ``keep`` identifiers below rows: their first allowed items, rows and scores. Returns how many.
 
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
-    token begin.
+    token begin. totals, highest: room for the scores of a chunk of items, and for the highest of each row in it.
     """
     count = len(offsets) - 1
-    first, rest = -np.inf, 0.0  # what the first token, and those after it, add at most
-    for level in range(count):
-        best = -np.inf
-        for i in range(offsets[level], offsets[level + 1]):
-            best = max(best, table[i])
-        if level == 0:
-            first = best
-        else:
-            rest += best
-    own = table[offsets[0] :]
+    # the first three tokens are written out: a loop over so few would take longer than what is in it
+    own, second, third = table[offsets[0] :], table[offsets[min(1, count)] :], table[offsets[min(2, count)] :]
     allowed = uint64_at(bits)
     step = np.uint64(stride)
     size = 0
     threshold = -np.inf
-    for r in range(rows):
-        bound = threshold - base[r] - rest
-        bound -= 1e-9 * (1.0 + abs(bound))  # sums in another order may differ; the exact comparison follows
-        if first <= bound:
-            continue
-        end = high[r]
-        for i in range(np.uint64(low[r]), np.uint64(end)):
-            value = own[tokens[i * step]]
-            if value > bound:
-                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
-                    continue
-                total = base[r] + value
-                for level in range(1, count):
+    first, begin = 0, low[0]  # where the chunk begins
+    while first < rows:
+        filled, row, at = np.uint64(0), first, begin
+        while row < rows and filled < np.uint64(len(totals)):
+            end = min(high[row], at + len(totals) - np.int64(filled))
+            here, top = base[row], -np.inf
+            for i in range(np.uint64(at), np.uint64(end)):
+                total = here + own[tokens[i * step]]
+                if count > 1:
+                    total += second[tokens[i * step + np.uint64(1)]]
+                if count > 2:
+                    total += third[tokens[i * step + np.uint64(2)]]
+                for level in range(3, count):
                     total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
-                if total > threshold:
-                    item = np.int64(i)
-                    # of items with one identifier the first stands for all: it is the last here, or fell below the rest
-                    if size > 0 and parent[size - 1] == r and _same(tokens, stride, count, node[size - 1], item):
-                        continue
-                    node[size] = item
-                    parent[size] = r
-                    score[size] = total
-                    size += 1
-                    if size == len(score):
-                        size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
-                        bound = threshold - base[r] - rest
-                        bound -= 1e-9 * (1.0 + abs(bound))
+                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
+                    total = -np.inf
+                top = max(top, total)
+                totals[filled] = total
+                filled += np.uint64(1)
+            highest[row] = top
+            if end < high[row]:
+                at = end
+                break
+            row += 1
+            at = low[row] if row < rows else 0
+        pieces = row + (row < rows and at > low[row]) - first
+        if pieces >= keep:  # each row has an identifier of its own
+            least = nth_largest(highest[first:], pieces, keep, scratch)
+            threshold = max(threshold, np.nextafter(least, -np.inf))
+        position = 0
+        for r in range(first, first + pieces):
+            at_here = begin if r == first else low[r]
+            end_here = at if r == row else high[r]
+            while at_here < end_here:
+                stop = min(end_here, at_here + len(score) - size)
+                if highest[r] > threshold:
+                    part = totals[position : position + stop - at_here]
+                    for i in range(np.uint64(len(part))):
+                        node[size] = at_here + np.int64(i)
+                        parent[size] = r
+                        score[size] = part[i]
+                        size += part[i] > threshold
+                position += stop - at_here
+                at_here = stop
+                if size == len(score):
+                    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
+                    size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+        first, begin = row, at
+    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
     return _cut_nodes(node, parent, score, size, keep, scratch)[0]
+
+
+@compiled
+def _drop_repeats(tokens, stride, count, node, parent, score, size):
+    """Of items with one identifier, which are neighbours, leave the first."""
+    left = min(size, 1)
+    for i in range(1, size):
+        equal = score[i] == score[left - 1] and parent[i] == parent[left - 1]
+        if not (equal and _same(tokens, stride, count, node[left - 1], node[i])):
+            node[left], parent[left], score[left] = node[i], parent[i], score[i]
+            left += 1
+    return left
 
 
 @compiled
 def _draft_query(
     layout, depth, roots, bits, table, offsets, widths, node, parent, score, scratch, order, other, low, high, base,
-    done_low, done_high, done_score, done_codes, done_level_log_prob,
+    totals, done_low, done_high, done_score, done_codes, done_level_log_prob,
 ):  # fmt: skip
     """:func:`draft` for one query. Returns the number of rows."""
     levels = len(layout.tokens)
@@ -197,16 +253,17 @@ def _draft_query(
                 prefetch(line + np.uint64(64))  # type: ignore[call-arg]
     address, stride, wide = layout.tokens[depth, 0], layout.strides[depth, 0], layout.wide[depth, 0]
     keep = len(done_score)
-    room = 2 * keep + 256
+    room = min(4 * keep + 256, len(score))
+    highest = np.empty(rows)
     if wide:
         size = _best_items(
             uint16_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], scratch,
+            node[depth], parent[depth], score[:room], totals, highest, scratch,
         )  # fmt: skip
     else:
         size = _best_items(
             uint8_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], scratch,
+            node[depth], parent[depth], score[:room], totals, highest, scratch,
         )  # fmt: skip
     order_best_first(score, size, order, other)
     for at in range(size):
@@ -255,12 +312,12 @@ def draft(
     score, scratch = np.empty(room), np.empty(room)
     order, other = np.empty(room, np.int64), np.empty(room, np.int64)
     low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
-    table = np.empty(log_probs.shape[1])
+    table, totals = np.empty(log_probs.shape[1]), np.empty(_CHUNK)
     for q in range(queries):
         for i in range(len(table)):
             table[i] = min(np.float64(log_probs[q, i]), 0.0)
         done_rows[q] = _draft_query(
             layout, depth, roots, bits[q % bits.shape[0]], table, offsets, widths,
-            node, parent, score, scratch, order, other, low, high, base,
+            node, parent, score, scratch, order, other, low, high, base, totals,
             done_low[q], done_high[q], done_score[q], done_codes[q], done_level_log_prob[q],
         )  # fmt: skip

@@ -20,13 +20,14 @@ def mark_parents(children, pointers, parents):
 
 
 @compiled
-def collect(bits, low, high, rows, segment, item, leaf, found):
+def collect(bits, low, high, score, rows, segment, item, leaf, item_score, found):
     """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
 
     Args:
         bits: (n or 1, L, S) uint64 addresses of the bitmaps, 0 for all.
-        low, high: (n, B, S) int64 intervals of items; rows: (n,) live leaves.
-        segment, item, leaf: (n, C) int64 outputs; found: (n,) int64, how many of each query.
+        low, high: (n, B, S) int64 intervals of items; score: (n, B) of the leaves; rows: (n,) live leaves.
+        segment, item, leaf: (n, C) int64 outputs; item_score: (n, C) float32, of their leaf; found: (n,) int64, how
+            many of each query.
     """
     capacity = item.shape[1]
     for q in range(low.shape[0]):
@@ -42,5 +43,6 @@ def collect(bits, low, high, rows, segment, item, leaf, found):
                         segment[q, count] = s
                         item[q, count] = i
                         leaf[q, count] = r
+                        item_score[q, count] = score[q, r]
                         count += 1
         found[q] = count

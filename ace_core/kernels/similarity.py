@@ -12,8 +12,8 @@ _AHEAD = 4  # vectors that are on their way from memory while one is multiplied
 
 
 @partial(compiled, fastmath={"reassoc", "nsz", "contract"})
-def similarities(queries, vectors, scales, rows, chosen, out):
-    """Fill ``out`` where a candidate is chosen; the sum is float32, in the order that suits the machine.
+def add_products(queries, vectors, scales, rows, chosen, out):
+    """Add to ``out`` where a candidate is chosen; the sum is float32, in the order that suits the machine.
 
     Args:
         queries: (n, D) float32.
@@ -36,7 +36,7 @@ def similarities(queries, vectors, scales, rows, chosen, out):
                 total = np.float32(0)
                 for d in range(dim):
                     total += query[d] * np.float32(vector[d])
-                out[q, i] = total * scale[item]
+                out[q, i] += total * scale[item]
 
 
 @partial(compiled, fastmath={"reassoc", "nsz", "contract"})

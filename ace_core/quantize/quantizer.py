@@ -22,6 +22,7 @@ from ace_core.arrays import map_arrays, save_arrays
 from ace_core.errors import StoreError
 from ace_core.items import MODALITIES
 from ace_core.quantize.health import CodebookHealth, measure_health
+from ace_core.scoring import Codewords
 
 _BLOCK = 2048
 
@@ -63,6 +64,11 @@ class Quantizer:
     def codewords(self, level: int) -> np.ndarray:
         """(V_l, D) codewords of one level; level 0 gives the modality means."""
         return self.modality_means if level == 0 else self.codebooks[level - 1]
+
+    @cached_property
+    def short_codewords(self) -> Codewords:
+        """All levels' codewords, the modality's first, to be multiplied with queries."""
+        return Codewords([self.codewords(level) for level in range(self.levels)])
 
     @cached_property
     def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
