@@ -172,6 +172,8 @@ class Split:
         seen_queries: captions of trained items that were kept out of training.
         unseen_queries: captions of held-out items, for the test.
         val_queries: captions of held-out items, for the ranking mix and the calibration.
+        val_shared: captions of validation items that other items have, too: they ask for what they describe, not for
+            one item.
     """
 
     trained: np.ndarray
@@ -180,6 +182,7 @@ class Split:
     seen_queries: Pairs
     unseen_queries: Pairs
     val_queries: Pairs
+    val_shared: Pairs
 
 
 def split_of(items: pa.Table, settings: SplitSettings) -> Split:
@@ -187,7 +190,8 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
 
     Items name their split in an attribute. Where no item of the corpus does, ``settings.fraction`` of the captioned
     items are held out, chosen by the hash of their id (so that a growing corpus keeps its split), every second one
-    for validation. A caption that several items share is trained on, and is no query: no one item answers it.
+    for validation. A caption that several items share is trained on (those of trained items), and is no query: no one
+    item answers it.
 
     Args:
         items: n rows with columns ``item_id``, ``captions`` and ``attributes``. A column ``generated`` holds captions
@@ -199,6 +203,7 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     rows, texts = _training(items, captions, trained, held_out)
     asked = held_out[captions.rows] & captions.unique
     to_validate = validation[captions.rows]
+    shared = to_validate & ~captions.unique
     return Split(
         ~held_out,
         held_out,
@@ -206,6 +211,7 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
         captions.pairs(kept),
         captions.pairs(asked & ~to_validate),
         captions.pairs(asked & to_validate),
+        captions.pairs(shared),
     )
 
 

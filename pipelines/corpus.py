@@ -33,7 +33,7 @@ def load_corpus(store: Store, features_id: str, settings: Settings) -> Corpus:
 def captions_part(corpus: Corpus, settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     """The features of all captions that are trained on or asked as queries (encoded now unless the store has them)."""
     split = corpus.split
-    pairs = (split.train_pairs, split.seen_queries, split.unseen_queries, split.val_queries)
+    pairs = (split.train_pairs, split.seen_queries, split.unseen_queries, split.val_queries, split.val_shared)
     return ensure_texts([text for p in pairs for text in p.texts], settings, store, reporter)
 
 
@@ -60,10 +60,17 @@ def corpus_vectors(aligner: Aligner, corpus: Corpus, captions: CaptionFeatures) 
 
 
 def validation_pairs(split: Split) -> Pairs:
-    """What corrections are tuned on: captions of validation items, and every second kept caption of trained items, so
+    """What the ranking is tuned on: captions of validation items, and every second kept caption of trained items, so
     that neither kind of item is favoured. The other kept captions are left for the evaluation (:func:`asked_seen`)."""
     seen = split.seen_queries
     return Pairs(np.concatenate([split.val_queries.rows, seen.rows[::2]]), split.val_queries.texts + seen.texts[::2])
+
+
+def described_pairs(split: Split) -> Pairs:
+    """What the aligner's corrections are tuned on: :func:`validation_pairs`, and captions of validation items that
+    other items have, too (names of classes), for here whatever a text describes is right."""
+    pairs, shared = validation_pairs(split), split.val_shared
+    return Pairs(np.concatenate([pairs.rows, shared.rows]), pairs.texts + shared.texts)
 
 
 def asked_seen(split: Split) -> Pairs:

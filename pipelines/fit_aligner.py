@@ -8,7 +8,7 @@ from ace_core.config import Settings
 from ace_core.errors import CorpusError
 from ace_core.manifest import Manifest
 from ace_store import Store
-from pipelines.corpus import caption_pairs, captions_part, load_captions, load_corpus, validation_pairs
+from pipelines.corpus import caption_pairs, captions_part, described_pairs, load_captions, load_corpus
 from pipelines.progress import Reporter
 from pipelines.train import FitContext, fit_part
 
@@ -26,7 +26,8 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
             f"{len(corpus.features):,} items have {len(corpus.split.train_pairs)} captions to train on",
             where=features.settings["corpus_root"],
             remedy="Describe at least some of the items: captions.jsonl, .csv or .parquet in the corpus folder, or a "
-            "text file beside each item; then run `ace ingest` again (nothing is encoded twice).",
+            "text file beside each item; then run `ace ingest` again (nothing is encoded twice). Or let a model "
+            "describe them: `ace caption`.",
         )
     texts = captions_part(corpus, settings, store, reporter)
     inputs = {"features": features.id, "texts": texts.id} | texts.inputs
@@ -48,7 +49,7 @@ def _fit(context: FitContext) -> dict[str, Any]:
         corpus.features.embeddings,
         caption_pairs(pairs, captions),
         context.settings.aligner,
-        validation=caption_pairs(validation_pairs(corpus.split), captions),
+        validation=caption_pairs(described_pairs(corpus.split), captions),
         collective=context.collective,
         hooks=context.hooks,
         seed=context.settings.compute.seed,

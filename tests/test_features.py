@@ -105,6 +105,9 @@ def test_split_follows_the_attribute() -> None:
     assert (split.held_out == ~split.trained).all()
     assert list(zip(split.unseen_queries.rows.tolist(), split.unseen_queries.texts)) == [(3, "e"), (4, "f"), (4, "g")]
     assert list(zip(split.val_queries.rows.tolist(), split.val_queries.texts)) == [(5, "h")]
+    assert len(split.val_shared) == 0
+    shared = split_of(_split_table(), SplitSettings(validation="test")).val_shared
+    assert list(zip(shared.rows.tolist(), shared.texts)) == [(3, "shared")]
     # One caption of an item is kept out of training; one that another item has too is trained on and never asked.
     assert list(zip(split.seen_queries.rows.tolist(), split.seen_queries.texts)) == [(0, "b")]
     assert list(zip(split.train_pairs.rows.tolist(), split.train_pairs.texts)) == [
