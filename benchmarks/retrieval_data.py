@@ -68,13 +68,16 @@ class DataSet:
         return {m.value: np.flatnonzero(self.tokens == m.token) for m in self.features}
 
 
-def load_sets(data: Path, names: str, cache: Path, *, most: int | None = None) -> DataSet:
+def load_sets(data: Path, names: str, cache: Path, *, most: int | None = None, captions: int | None = None) -> DataSet:
     """Read one set, or several of different modalities as one corpus (``a,b,c``).
+
+    Args:
+        most, captions: as in :func:`load_set`.
 
     Raises:
         CorpusError: the folder lacks a set, or two of them have one modality.
     """
-    sets = [load_set(data, name, cache, most=most) for name in names.split(",")]
+    sets = [load_set(data, name, cache, most=most, captions=captions) for name in names.split(",")]
     sets.sort(key=lambda s: next(iter(s.features)).token)
     features = {m: f for s in sets for m, f in s.features.items()}
     if len(features) != len(sets):
@@ -95,11 +98,12 @@ def load_sets(data: Path, names: str, cache: Path, *, most: int | None = None) -
     )
 
 
-def load_set(data: Path, name: str, cache: Path, *, most: int | None = None) -> DataSet:
+def load_set(data: Path, name: str, cache: Path, *, most: int | None = None, captions: int | None = None) -> DataSet:
     """Read a set, computing what features are not there yet.
 
     Args:
         most: items kept of each split (a quick run), evenly spread; None for all.
+        captions: captions kept of each item at most, the first ones; None for all.
 
     Raises:
         CorpusError: the folder lacks the set.
@@ -118,7 +122,7 @@ def load_set(data: Path, name: str, cache: Path, *, most: int | None = None) -> 
         kept = np.sort(np.concatenate([p[:: max(1, -(-len(p) // most))] for p in parts]))
     features = _features(data, name, entries, cache)[kept]
     entries, split = [entries[i] for i in kept], split[kept]
-    pairs = [(row, i, c) for row, e in enumerate(entries) for i, c in enumerate(e["captions"])]
+    pairs = [(row, i, c) for row, e in enumerate(entries) for i, c in enumerate(e["captions"][:captions])]
     labels = np.unique([e.get("label") or "" for e in entries], return_inverse=True)[1].reshape(-1)
     return DataSet(
         name=name,
