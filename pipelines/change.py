@@ -23,16 +23,20 @@ from pipelines.assign import read_items
 from pipelines.drift import measure_drift
 from pipelines.progress import Reporter, counted
 from pipelines.publish import Models, commit, same_encoders, segment_part, snapshot_manifest
-
-SHOWN = 5  # ids named in a message
-_VERSION = ["item_id", "version"]
+from pipelines.removed import SHOWN, VERSION, kept_out, removed_by_name, some_ids, taken_back
 
 
-def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
+def add_stage(
+    settings: Settings, store: Store, reporter: Reporter, *, again: Sequence[str] = (), removed: bool = False
+) -> SnapshotManifest:
     """Publish what the latest features have and the current snapshot has not: new items, and changed ones in place of
     their older selves. Time and space are those of what is added, beside one comparison of ids.
 
+    Args:
+        again: ids of items that come in though they were removed by name; ``removed``: all of them do.
+
     Raises:
+        QueryError: one of ``again`` was not removed by name.
         StoreError: nothing is published yet, the encoders changed, or another publisher was faster.
     """
     started = time.monotonic()
@@ -47,10 +51,12 @@ def add_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotM
     place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
     same = pc.equal(wanted.column("version"), published.column("version").take(place))
     fresh = ~pc.fill_null(same, False).to_numpy()
-    fresh &= ~_kept_out(snapshot, wanted, fresh, reporter)
+    unwanted = removed_by_name(snapshot)
+    back = taken_back(unwanted, again, every=removed)
+    fresh &= ~kept_out({v: place for v, place in unwanted.items() if v not in back}, wanted, fresh, reporter)
     rows = np.flatnonzero(fresh)
     replaced = place.combine_chunks().take(pa.array(rows)).drop_null().to_numpy()
-    tombstones = _with_tombstones(snapshot, published, replaced)
+    tombstones = _with_tombstones(snapshot, published, replaced, back=list(back.values()))
     if not len(rows):
         reporter.say(f"snapshot {snapshot.id}: it has all of the corpus, nothing to add")
         return snapshot.manifest
@@ -74,8 +80,8 @@ def remove_stage(
     filters: Mapping[str, FilterValue] | None = None,
     gone: bool = False,
 ) -> SnapshotManifest:
-    """Publish the current snapshot without some items. Those removed by id or attribute stay out of what
-    :func:`add_stage` adds, until they change.
+    """Publish the current snapshot without some items. Those removed by id or attribute stay out of later snapshots,
+    until they change or :func:`add_stage` is told to take them in again.
 
     Args:
         ids: items by id.
@@ -95,7 +101,7 @@ def remove_stage(
     if asked.null_count:
         missing = [item_id for item_id, place in zip(ids, asked.to_pylist()) if place is None]
         raise QueryError(
-            f"{len(missing):,} of these items are not in the snapshot ({_some(missing)})",
+            f"{len(missing):,} of these items are not in the snapshot ({some_ids(missing)})",
             where=f"snapshot {snapshot.id}",
             remedy="Nothing was removed. Check the ids.",
         )
@@ -168,42 +174,35 @@ def _published(snapshot: Snapshot) -> pa.Table:
     parts = []
     for number, (segment, removed) in enumerate(zip(snapshot.segments, snapshot.removed)):
         rows = np.setdiff1d(np.arange(len(segment)), removed, assume_unique=True)
-        part = segment.items.select(_VERSION).take(pa.array(rows))
+        part = segment.items.select(VERSION).take(pa.array(rows))
         part = part.append_column("segment", pa.array(np.full(len(rows), number)))
         parts.append(part.append_column("row", pa.array(rows)))
     return pa.concat_tables(parts)
 
 
 def _with_tombstones(
-    snapshot: Snapshot, published: pa.Table, leaving: np.ndarray, unwanted: np.ndarray | None = None
+    snapshot: Snapshot,
+    published: pa.Table,
+    leaving: np.ndarray,
+    unwanted: np.ndarray | None = None,
+    *,
+    back: Sequence[tuple[int, int]] = (),
 ) -> dict[str, np.ndarray]:
-    """The snapshot's tombstones, and those of rows of ``published`` that leave it; ``unwanted`` are to be kept out."""
+    """The snapshot's tombstones, and those of rows of ``published`` that leave it; ``unwanted`` are to be kept out, and
+    what is at the (segment, row) of ``back`` no longer is."""
 
     def joined(before: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
         number, row = (published.column(name).to_numpy()[rows] for name in ("segment", "row"))
         return [np.union1d(old, row[number == i]).astype(np.int64) for i, old in enumerate(before)]
 
     ids = [segment.manifest.id for segment in snapshot.segments]
-    kept_out = joined(snapshot.unwanted, np.empty(0, np.int64) if unwanted is None else unwanted)
+    before = [
+        np.setdiff1d(rows, [row for number, row in back if number == i]).astype(np.int64)
+        for i, rows in enumerate(snapshot.unwanted)
+    ]
+    unwanted_now = joined(before, np.empty(0, np.int64) if unwanted is None else unwanted)
     out = dict(zip(ids, joined(snapshot.removed, leaving)))
-    return out | {unwanted_rows(name): rows for name, rows in zip(ids, kept_out) if len(rows)}
-
-
-def _kept_out(snapshot: Snapshot, wanted: pa.Table, fresh: np.ndarray, reporter: Reporter) -> np.ndarray:
-    """(n,) bool: items that were removed by name, and are in the corpus as they were then."""
-    parts = [s.items.select(_VERSION).take(pa.array(rows)) for s, rows in zip(snapshot.segments, snapshot.unwanted)]
-    removed = set(zip(*(pa.concat_tables(parts).column(name).to_pylist() for name in _VERSION)))
-    out = np.zeros(wanted.num_rows, bool)
-    if removed:
-        rows = np.flatnonzero(fresh)
-        some = wanted.take(pa.array(rows))
-        out[rows] = [pair in removed for pair in zip(*(some.column(name).to_pylist() for name in _VERSION))]
-    if out.any():
-        ids = wanted.column("item_id").filter(pa.array(out)).slice(0, SHOWN + 1).to_pylist()
-        reporter.say(
-            f"{counted(int(out.sum()), 'removed item')} kept out ({_some(ids)}); `ace publish` takes all back in"
-        )
-    return out
+    return out | {unwanted_rows(name): rows for name, rows in zip(ids, unwanted_now) if len(rows)}
 
 
 def _versions(items: pa.Table) -> pa.Table:
@@ -214,11 +213,7 @@ def _report_gone(published: pa.Table, wanted: pa.Table, reporter: Reporter) -> N
     kept = pc.is_in(published.column("item_id"), value_set=wanted.column("item_id").combine_chunks())
     gone = published.column("item_id").filter(pc.invert(kept))
     if len(gone):
-        some = _some(gone.slice(0, SHOWN + 1).to_pylist())
+        some = some_ids(gone.slice(0, SHOWN + 1).to_pylist())
         reporter.say(
             f"published, but no longer in the corpus: {counted(len(gone), 'item')} ({some}): `ace remove --gone`"
         )
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")

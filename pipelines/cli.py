@@ -170,7 +170,15 @@ def publish(config: ConfigOption = None, changes: SetOption = None, store: Store
 
 
 @app.command()
-def add(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+def add(
+    again: Annotated[
+        list[str] | None, typer.Argument(metavar="[IDS]...", help="Removed items to take in again.", show_default=False)
+    ] = None,
+    removed: Annotated[bool, typer.Option("--removed", help="Take all in again that were removed by name.")] = False,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
     """Ingest what is new or changed in the corpus folder and publish it, without fitting anything again.
 
     Says how well the codebooks still fit (drift), and what has disappeared from the folder.
@@ -181,7 +189,7 @@ def add(config: ConfigOption = None, changes: SetOption = None, store: StoreOpti
     context = context_of(config, changes, store)
     context[1].published()  # said now, not after an ingestion
     ingest_stage(*context)
-    add_stage(*context)
+    add_stage(*context, again=again or [], removed=removed)
 
 
 @app.command()
@@ -197,8 +205,8 @@ def remove(
 ) -> None:
     """Take items out of every answer: by id, by attribute, or because their file is gone.
 
-    What was removed by id or attribute stays out of what [bold]ace add[/bold] adds until it changes;
-    [bold]ace publish[/bold] takes the whole corpus in again.
+    What was removed by id or attribute stays out until it changes, or until [bold]ace add IDS[/bold] or
+    [bold]ace add --removed[/bold] takes it in again.
     """
     from pipelines.change import remove_stage
     from pipelines.search import parse_filters

@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ace_core.captioner import Captioner, distinct, plain
 from ace_core.config import CaptionSettings, LimitSettings, Settings, load_settings
-from ace_core.errors import SettingsError
+from ace_core.errors import CorpusError, SettingsError
 from ace_core.items import Modality
 from ace_store import Store
 from pipelines import caption as stage
 from pipelines.caption import caption_stage
 from pipelines.corpus import load_corpus
+from pipelines.fit_aligner import fit_aligner_stage
 from pipelines.generated import read_generated
 from pipelines.ingest import ingest
 from pipelines.progress import Reporter
@@ -95,6 +96,17 @@ def test_the_likeliest_words_alone_are_always_the_same(blip: str) -> None:
 def test_no_captioner_is_said() -> None:
     with pytest.raises(SettingsError, match="no captioner is set for audio"):
         Captioner(Modality.AUDIO, CaptionSettings(image="x"), LIMITS)
+
+
+def test_a_corpus_without_captions_is_told_of_it(in_process: None, tmp_path: Path) -> None:
+    for i in range(3):
+        write_picture(tmp_path / "corpus" / f"{i}.png", "red", "square", shift=i)
+    settings = load_settings(None, (f"corpus.path={tmp_path / 'corpus'}", f"store={tmp_path / 'store'}"))
+    store, quiet = Store.open(settings.store), Reporter(quiet=True)
+    ingest(settings, store, quiet)
+    with pytest.raises(CorpusError, match="3 items have 0 captions") as error:
+        fit_aligner_stage(settings, store, quiet)
+    assert "ace caption" in error.value.remedy
 
 
 def test_near_duplicates() -> None:

@@ -124,12 +124,40 @@ def test_what_was_removed_by_name_stays_out_until_it_changes(copy: Copy, capsys:
     copy.ingest()
     add_stage(copy.settings, copy.store, Reporter())
     said = capsys.readouterr().err
-    assert f"{len(out - {'images/007.png'})} removed items kept out" in said and "`ace publish`" in said
+    assert f"{len(out - {'images/007.png'})} removed items kept out" in said and "`ace add --removed`" in said
     assert copy.ids() == before - out | ({"images/004.png", "images/007.png"} - green)
     again = copy.store.current().snapshot
     assert add_stage(copy.settings, copy.store, quiet).id == again  # and the time after that
     rollback_stage(copy.store, quiet)
     assert len(Snapshot.open(copy.store.mirror()).unwanted[0]) == len(out)
+
+
+def test_publishing_keeps_out_what_was_removed_by_name(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a new segment of the whole corpus, as after a refit; until the file changes, or `ace add` is told."""
+    quiet, before = Reporter(quiet=True), copy.ids()
+    out = ["images/005.png", "images/007.png", "images/009.png"]
+    copy.ingest()
+    remove_stage(copy.store, quiet, ids=out)
+    write_picture(copy.corpus / "images" / "007.png", "yellow", "bar", shift=3)
+    write_picture(copy.corpus / "images" / "new.png", "red", "square", shift=9)
+    copy.ingest()
+    published = publish_stage(copy.settings, copy.store, Reporter())
+    said = capsys.readouterr().err
+    assert "2 removed items kept out (" in said and "`ace add --removed`" in said
+    assert len(published.segments) == 1 and published.removed == 2
+    assert copy.ids() == before - {"images/005.png", "images/009.png"} | {"images/new.png"}
+    assert publish_stage(copy.settings, copy.store, quiet).id == published.id
+    assert add_stage(copy.settings, copy.store, quiet).id == published.id
+
+    with pytest.raises(QueryError, match=r"1 item not removed by name \(images/001.png\)"):
+        add_stage(copy.settings, copy.store, quiet, again=["images/001.png"])
+    add_stage(copy.settings, copy.store, quiet, again=["images/009.png"])
+    assert copy.ids() == before - {"images/005.png"} | {"images/new.png"}
+    publish_stage(copy.settings, copy.store, quiet)  # what was taken in again stays in
+    assert copy.ids() == before - {"images/005.png"} | {"images/new.png"}
+    add_stage(copy.settings, copy.store, quiet, removed=True)
+    assert copy.ids() == before | {"images/new.png"}
+    assert Retriever.open(copy.store.mirror()).item("images/005.png") is not None
 
 
 def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
