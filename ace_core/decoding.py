@@ -7,12 +7,13 @@ only about rows that live: three modalities at most after the first token, whate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
+from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.pool import pooled
@@ -54,29 +55,6 @@ class SpellingModel(Protocol):
 
     def one_shot(self, query: QueryBatch) -> list[torch.Tensor]:
         """Log-probabilities (n, V_l) of every level's tokens, from the query alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Items found for n queries, best first, c columns.
-
-    Attributes:
-        valid: (n, c) bool; elsewhere the other arrays hold zeros (and -inf log-probabilities).
-        segment, row: (n, c) int64: the segment, and the item's row in its sorted items.
-        log_prob: (n, c) float32, of the whole identifier.
-        level_log_prob: (n, c, levels) float32.
-        codes: (n, c, levels) uint16, the identifier.
-    """
-
-    valid: np.ndarray
-    segment: np.ndarray
-    row: np.ndarray
-    log_prob: np.ndarray
-    level_log_prob: np.ndarray
-    codes: np.ndarray
-
-    def __len__(self) -> int:
-        return self.valid.shape[0]
 
 
 def beam_search(
@@ -138,9 +116,12 @@ def one_shot_search(
         (others as in :func:`beam_search`)
     """
     walk = _prepared(segments)
+    limit = limit or 2 * draft
     with torch.inference_mode():
+        if isinstance(walk, Walk):
+            return walk.draft_items(_side_by_side(model, query), draft, walk.masks(masks, len(query)), limit)
         rows = _draft(model, query, walk, masks, draft)
-    return _candidates(walk, rows, masks, limit or 2 * draft)
+    return _candidates(walk, rows, masks, limit)
 
 
 def verified_search(
@@ -237,14 +218,18 @@ def _spell_on_device(
 def _draft(
     model: SpellingModel, query: QueryBatch, walk: Walk | TensorWalk, masks: Masks | Sequence[Masks] | None, keep: int
 ) -> Rows:  # fmt: skip
-    tables = model.one_shot(query)
     if isinstance(walk, Walk):
-        return walk.draft(_numpy(torch.cat(tables, 1)), keep, walk.masks(masks, len(query)))
+        return walk.draft(_side_by_side(model, query), keep, walk.masks(masks, len(query)))
     on_device = walk.masks(masks, len(query))
     rows = walk.root(len(query))
-    for log_probs, width in zip(tables, draft_widths(keep, walk.levels, walk.host.depth)):
+    for log_probs, width in zip(model.one_shot(query), draft_widths(keep, walk.levels, walk.host.depth)):
         rows = walk.expand(rows, log_probs[:, None, :], width, on_device)
     return walk.to_host(rows)
+
+
+def _side_by_side(model: SpellingModel, query: QueryBatch) -> np.ndarray:
+    """(n, sum of V_l) log-probabilities of all levels' tokens."""
+    return _numpy(torch.cat(model.one_shot(query), 1))
 
 
 def _finish(
@@ -302,23 +287,6 @@ def _numpy(log_probs: torch.Tensor) -> np.ndarray:
 
 
 def _candidates(walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int) -> Candidates:
-    """Items of complete rows; an empty table where the walk ended early because nothing is left."""
+    """Items of rows, which are complete but where the walk ended early because nothing is left."""
     walk = walk.host if isinstance(walk, TensorWalk) else walk
-    queries = len(rows.live)
-    if rows.level < walk.levels:
-        empty = np.zeros((queries, 0), np.int64)
-        tokens = np.zeros((queries, 0, walk.levels))
-        return Candidates(empty.astype(bool), empty, empty, empty.astype(np.float32), tokens.astype(np.float32),
-                          tokens.astype(np.uint16))  # fmt: skip
-    segment, item, leaf, score = walk.collect(rows, walk.masks(masks, queries), limit)
-    valid = score > -np.inf
-    take = np.arange(queries)[:, None], leaf
-    blank = ~valid[..., None]
-    return Candidates(
-        valid=valid,
-        segment=segment,
-        row=item,
-        log_prob=score,
-        level_log_prob=np.where(blank, -np.inf, rows.level_log_prob[take]).astype(np.float32),
-        codes=np.where(blank, 0, rows.codes[take]).astype(np.uint16),
-    )
+    return walk.collect(rows, walk.masks(masks, len(rows.live)), limit if rows.level == walk.levels else 0)

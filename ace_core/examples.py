@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ace_core.decoding import Candidates
+from ace_core.candidates import Candidates
 from ace_core.filters import ItemMask
 from ace_core.pool import pooled
 

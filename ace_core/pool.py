@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ace_core.decoding import Candidates
+    from ace_core.candidates import Candidates
 
 _ROW_BITS = 40
 

@@ -19,8 +19,9 @@ import torch
 
 from ace_core.aligner import Aligner
 from ace_core.attributes import FilterValue, check_names
+from ace_core.candidates import Candidates
 from ace_core.config import LimitSettings, SearchSettings
-from ace_core.decoding import Candidates, search_candidates
+from ace_core.decoding import search_candidates
 from ace_core.encoders import TextEncoder
 from ace_core.errors import QueryError
 from ace_core.examples import with_examples

@@ -14,7 +14,7 @@ from ace_core.constraint import ConstraintIndex
 
 # Whoever only looks items up (the server's ingress) needs neither torch nor the compiled loops.
 if TYPE_CHECKING:
-    from ace_core.decoding import Candidates
+    from ace_core.candidates import Candidates
     from ace_core.quantize.quantizer import Quantizer
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ace_core import kernels
+from ace_core.candidates import Candidates
 from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
@@ -156,19 +158,14 @@ class Walk:
             keep: rows that result.
         """
         queries = len(log_probs)
-        if log_probs.shape[1] != self._offsets[-1]:
-            raise _foreign_model(log_probs.shape, self.vocab_sizes)
-        widths = draft_widths(keep, self.levels, self.depth)
+        inputs = self._draft_inputs(log_probs, keep, masks)
         done = self._blank(queries, keep, self.levels)
         outputs = (done.low, done.high, done.score, done.codes, done.level_log_prob, done.live)
         if len(self.segments) == 1:
-            kernels.draft(
-                self._layout, self.depth, self._roots[0], masks.bits, log_probs, self._offsets,
-                np.array(widths), *outputs,
-            )  # fmt: skip
+            kernels.draft(*inputs, *outputs)
             return done
         rows = self.root(queries)
-        for level, width in enumerate(widths[: self.depth]):
+        for level, width in enumerate(draft_widths(keep, self.levels, self.depth)[: self.depth]):
             own = log_probs[:, None, self._offsets[level] : self._offsets[level + 1]]
             rows = self.expand(rows, np.minimum(own, 0), width, masks)
         kernels.complete(
@@ -176,6 +173,12 @@ class Walk:
             rows.live, rows.low, rows.high, rows.score, rows.codes, *outputs,
         )  # fmt: skip
         return done
+
+    def _draft_inputs(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses) -> tuple[Any, ...]:
+        if log_probs.shape[1] != self._offsets[-1]:
+            raise _foreign_model(log_probs.shape, self.vocab_sizes)
+        widths = np.array(draft_widths(keep, self.levels, self.depth))
+        return self._layout, self.depth, self._roots[0], masks.bits, log_probs, self._offsets, widths
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
@@ -187,20 +190,29 @@ class Walk:
             counts += end - begin
         return counts.sum(1)
 
-    def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> tuple[np.ndarray, ...]:
-        """The allowed items of complete rows: best row first, inside a row by segment and item.
+    def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> Candidates:
+        """The allowed items of complete rows: best row first, inside a row by segment and item; at most ``limit``."""
+        found, outputs = self._candidates(len(rows.live), limit)
+        kernels.collect(
+            masks.bits, rows.low, rows.high, rows.score, rows.level_log_prob, rows.codes, rows.live, *outputs, found
+        )
+        return _trimmed(found, *outputs)
 
-        Returns:
-            segment, item, leaf: (n, c) int64, c at most ``limit``; score: (n, c) float32, the leaf's, -inf where there
-            is no item.
-        """
-        capacity = min(limit, self.items)
-        segment, item, leaf = np.zeros((3, len(rows.live), capacity), np.int64)
-        score = np.full((len(rows.live), capacity), -np.inf, np.float32)
-        found = np.empty(len(rows.live), np.int64)
-        kernels.collect(masks.bits, rows.low, rows.high, rows.score, rows.live, segment, item, leaf, score, found)
-        width = int(found.max(initial=0))
-        return segment[:, :width], item[:, :width], leaf[:, :width], score[:, :width]
+    def draft_items(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses, limit: int) -> Candidates:
+        """:meth:`collect` of a :meth:`draft`, in one go."""
+        if len(self.segments) > 1:
+            return self.collect(self.draft(log_probs, keep, masks), masks, limit)
+        found, outputs = self._candidates(len(log_probs), limit)
+        kernels.draft_items(*self._draft_inputs(log_probs, keep, masks), keep, *outputs, found)
+        return _trimmed(found, *outputs)
+
+    def _candidates(self, queries: int, limit: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        shape = queries, min(limit, self.items)
+        tokens = *shape, self.levels
+        return np.empty(queries, np.int64), (
+            np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.float32),
+            np.empty(tokens, np.float32), np.empty(tokens, np.uint16),
+        )  # fmt: skip
 
     def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> MaskAddresses:
         """Masks as the kernels read them: for all queries one mask a segment, or for every query its own.
@@ -276,6 +288,15 @@ def draft_widths(keep: int, levels: int, depth: int) -> list[int]:
     narrow, wide = min(2, depth - 1), min(_SPREAD * keep, keep + _MORE)
     widths = [(keep + 1) // 2 if level < narrow else wide for level in range(levels - 1)]
     return [*widths, keep]
+
+
+def _trimmed(
+    found: np.ndarray, segment: np.ndarray, row: np.ndarray, score: np.ndarray, levels: np.ndarray, codes: np.ndarray
+) -> Candidates:
+    """Candidates of as many columns as the fullest query has."""
+    width = int(found.max(initial=0))
+    score = score[:, :width]
+    return Candidates(score > -np.inf, segment[:, :width], row[:, :width], score, levels[:, :width], codes[:, :width])
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:

@@ -13,9 +13,10 @@ import torch
 
 from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.aligner_training import fit_aligner
+from ace_core.candidates import Candidates
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings, SearchSettings
 from ace_core.constraint import ConstraintIndex
-from ace_core.decoding import Candidates, search_candidates
+from ace_core.decoding import search_candidates
 from ace_core.evaluation import ranks_in
 from ace_core.fitting import FitHooks, Progress
 from ace_core.generator.data import TrainingData

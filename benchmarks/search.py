@@ -19,6 +19,7 @@ import faiss
 import numpy as np
 import torch
 
+from ace_core.candidates import Candidates
 from ace_core.constraint import ConstraintIndex
 from ace_core.scoring import Codewords, Remainders
 from ace_core.walk import Walk
@@ -40,26 +41,25 @@ class OneShot:
         self._codewords = Codewords(codes.codewords)
         self.stored = None if vectors is None else Remainders.of(codes.left(vectors))
 
-    def _candidates(self, query: np.ndarray, draft: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (1, c) of the best items, and their similarities by codes up to a constant."""
+    def _candidates(self, query: np.ndarray, draft: int, limit: int) -> Candidates:
+        """The best items; their log-probabilities are similarities by codes, up to a constant."""
         scores = self._codewords.products(query)
         scores -= scores.max()  # up to a constant for each level, log-probabilities
-        found = self.walk.draft(scores, draft, self._masks)
-        _, rows, _, similar = self.walk.collect(found, self._masks, limit)
-        return rows, similar
+        return self.walk.draft_items(scores, draft, self._masks, limit)
 
     def from_codes(self, draft: int) -> Search:
-        return lambda query: self.codes.order[self._candidates(query, draft, 10)[0][0]]
+        return lambda query: self.codes.order[self._candidates(query, draft, 10).row[0]]
 
     def with_vectors(self, draft: int) -> Search:
         assert self.stored is not None
         stored = self.stored
 
         def search(query: np.ndarray) -> np.ndarray:
-            rows, similar = self._candidates(query, draft, draft)
-            stored.add_products(query, rows, np.ones(rows.shape, bool), similar)
-            best = np.argpartition(-similar[0], 9)[:10] if rows.shape[1] > 10 else slice(None)
-            return self.codes.order[rows[0, best]]
+            found = self._candidates(query, draft, draft)
+            similar = found.log_prob
+            stored.add_products(query, found.row, found.valid, similar)
+            best = np.argpartition(-similar[0], 9)[:10] if similar.shape[1] > 10 else slice(None)
+            return self.codes.order[found.row[0, best]]
 
         return search
 

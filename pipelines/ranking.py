@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
+from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
-from ace_core.decoding import Candidates, search_candidates
+from ace_core.decoding import search_candidates
 from ace_core.features import Pairs
 from ace_core.generator.model import Generator
 from ace_core.generator.refinement import choose_refinement

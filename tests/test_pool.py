@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
-from ace_core.decoding import Candidates, beam_search, one_shot_search, search_candidates
+from ace_core.decoding import beam_search, one_shot_search, search_candidates
 from ace_core.filters import ItemMask
 from ace_core.pool import pooled
 from tests.decoding_reference import TableModel, build, corpora, queries

@@ -12,9 +12,19 @@ thread pool is not used; its default layer is not thread-safe).
 
 from ace_core.kernels.compiled import Layout
 from ace_core.kernels.complete import complete
-from ace_core.kernels.draft import draft
+from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
 from ace_core.kernels.items import collect, mark_parents
 from ace_core.kernels.similarity import add_products, products
 
-__all__ = ["Layout", "add_products", "collect", "complete", "draft", "expand", "mark_parents", "products"]
+__all__ = [
+    "Layout",
+    "add_products",
+    "collect",
+    "complete",
+    "draft",
+    "draft_items",
+    "expand",
+    "mark_parents",
+    "products",
+]

@@ -19,6 +19,7 @@ from ace_core.kernels.compiled import (
     uint16_at,
     uint64_at,
 )
+from ace_core.kernels.items import collect_query
 from ace_core.kernels.selection import nth_largest, order_best_first
 
 _SAMPLE, _SAMPLED = 16, 8  # one child of so many is looked at first, where there are so many for each that is kept
@@ -320,4 +321,26 @@ def draft(
             layout, depth, roots, bits[q % bits.shape[0]], table, offsets, widths,
             node, parent, score, scratch, order, other, low, high, base, totals,
             done_low[q], done_high[q], done_score[q], done_codes[q], done_level_log_prob[q],
+        )  # fmt: skip
+
+
+@compiled
+def draft_items(
+    layout, depth, roots, bits, log_probs, offsets, widths, keep,
+    segment, item, item_score, item_levels, item_codes, found,
+):  # fmt: skip
+    """:func:`draft` of ``keep`` identifiers, and :func:`~ace_core.kernels.items.collect` of their items."""
+    levels = item_codes.shape[2]
+    low, high = np.empty((1, keep, 1), np.int64), np.empty((1, keep, 1), np.int64)
+    score, level_log_prob = np.empty((1, keep)), np.empty((1, keep, levels))
+    codes, live = np.empty((1, keep, levels), np.uint16), np.empty(1, np.int64)
+    for q in range(len(item)):
+        own = bits[q % bits.shape[0] : q % bits.shape[0] + 1]
+        draft(
+            layout, depth, roots, own, log_probs[q : q + 1], offsets, widths,
+            low, high, score, codes, level_log_prob, live,
+        )  # fmt: skip
+        found[q] = collect_query(
+            own[0, levels - 1], live[0], low[0], high[0], score[0], level_log_prob[0], codes[0],
+            segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip

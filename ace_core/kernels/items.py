@@ -20,29 +20,52 @@ def mark_parents(children, pointers, parents):
 
 
 @compiled
-def collect(bits, low, high, score, rows, segment, item, leaf, item_score, found):
+def collect_query(
+    bits, leaves, low, high, score, level_log_prob, codes, segment, item, item_score, item_levels, item_codes
+):
+    """:func:`collect` for one query: the same arrays without their first axis. Returns the number of items."""
+    capacity, levels = item_codes.shape
+    count = 0
+    for r in range(leaves):
+        for s in range(low.shape[1]):
+            address = bits[s]
+            allowed = uint64_at(address)
+            for i in range(low[r, s], high[r, s]):
+                if count == capacity:
+                    break
+                if address == NO_MASK or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
+                    segment[count] = s
+                    item[count] = i
+                    item_score[count] = score[r]
+                    for level in range(levels):
+                        item_levels[count, level] = level_log_prob[r, level]
+                        item_codes[count, level] = codes[r, level]
+                    count += 1
+    for blank in range(count, capacity):
+        segment[blank] = item[blank] = 0
+        item_score[blank] = -np.inf
+        for level in range(levels):
+            item_levels[blank, level] = -np.inf
+            item_codes[blank, level] = 0
+    return count
+
+
+@compiled
+def collect(
+    bits, low, high, score, level_log_prob, codes, rows,
+    segment, item, item_score, item_levels, item_codes, found,
+):  # fmt: skip
     """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
 
     Args:
         bits: (n or 1, L, S) uint64 addresses of the bitmaps, 0 for all.
-        low, high: (n, B, S) int64 intervals of items; score: (n, B) of the leaves; rows: (n,) live leaves.
-        segment, item, leaf: (n, C) int64 outputs; item_score: (n, C) float32, of their leaf; found: (n,) int64, how
-            many of each query.
+        low, high: (n, B, S) int64 intervals of items; score: (n, B) of the leaves; level_log_prob, codes: (n, B, L);
+            rows: (n,) live leaves.
+        segment, item: (n, C) int64 outputs; item_score, item_levels, item_codes: (n, C), (n, C, L), their leaf's; after
+            the last item 0, and log-probabilities of -inf; found: (n,) int64, how many of each query.
     """
-    capacity = item.shape[1]
     for q in range(low.shape[0]):
-        count = 0
-        for r in range(rows[q]):
-            for s in range(low.shape[2]):
-                address = bits[q % bits.shape[0], bits.shape[1] - 1, s]
-                allowed = uint64_at(address)
-                for i in range(low[q, r, s], high[q, r, s]):
-                    if count == capacity:
-                        break
-                    if address == NO_MASK or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
-                        segment[q, count] = s
-                        item[q, count] = i
-                        leaf[q, count] = r
-                        item_score[q, count] = score[q, r]
-                        count += 1
-        found[q] = count
+        found[q] = collect_query(
+            bits[q % bits.shape[0], bits.shape[1] - 1], rows[q], low[q], high[q], score[q], level_log_prob[q], codes[q],
+            segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
+        )  # fmt: skip
