@@ -154,7 +154,8 @@ class Walk:
         the widths of :func:`draft_widths`, then all that is below, of which the best rows stay.
 
         Args:
-            log_probs: (n, sum of V_l) float32 or float64, of all levels' tokens side by side, none above zero.
+            log_probs: (n, sum of V_l) float32 or float64, of all levels' tokens side by side; where a query's largest is
+                above zero, all are lowered by it.
             keep: rows that result.
         """
         queries = len(log_probs)
@@ -165,9 +166,10 @@ class Walk:
             kernels.draft(*inputs, *outputs)
             return done
         rows = self.root(queries)
+        log_probs = log_probs - np.maximum(log_probs.max(1, keepdims=True), 0)
         for level, width in enumerate(draft_widths(keep, self.levels, self.depth)[: self.depth]):
             own = log_probs[:, None, self._offsets[level] : self._offsets[level + 1]]
-            rows = self.expand(rows, np.minimum(own, 0), width, masks)
+            rows = self.expand(rows, np.ascontiguousarray(own), width, masks)
         kernels.complete(
             self._layout, self.depth, masks.bits, log_probs, self._offsets,
             rows.live, rows.low, rows.high, rows.score, rows.codes, *outputs,

@@ -43,9 +43,7 @@ class OneShot:
 
     def _candidates(self, query: np.ndarray, draft: int, limit: int) -> Candidates:
         """The best items; their log-probabilities are similarities by codes, up to a constant."""
-        scores = self._codewords.products(query)
-        scores -= scores.max()  # up to a constant for each level, log-probabilities
-        return self.walk.draft_items(scores, draft, self._masks, limit)
+        return self.walk.draft_items(self._codewords.products(query), draft, self._masks, limit)
 
     def from_codes(self, draft: int) -> Search:
         return lambda query: self.codes.order[self._candidates(query, draft, 10).row[0]]
@@ -56,10 +54,8 @@ class OneShot:
 
         def search(query: np.ndarray) -> np.ndarray:
             found = self._candidates(query, draft, draft)
-            similar = found.log_prob
-            stored.add_products(query, found.row, found.valid, similar)
-            best = np.argpartition(-similar[0], 9)[:10] if similar.shape[1] > 10 else slice(None)
-            return self.codes.order[found.row[0, best]]
+            stored.add_products(query, found.row, found.valid, found.log_prob)
+            return self.codes.order[found.row[0, found.log_prob[0].argsort()[-10:]]]
 
         return search
 

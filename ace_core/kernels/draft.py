@@ -315,8 +315,11 @@ def draft(
     low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
     table, totals = np.empty(log_probs.shape[1]), np.empty(_CHUNK)
     for q in range(queries):
+        largest = np.float64(0)
         for i in range(len(table)):
-            table[i] = min(np.float64(log_probs[q, i]), 0.0)
+            largest = max(largest, np.float64(log_probs[q, i]))
+        for i in range(len(table)):
+            table[i] = np.float64(log_probs[q, i]) - largest
         done_rows[q] = _draft_query(
             layout, depth, roots, bits[q % bits.shape[0]], table, offsets, widths,
             node, parent, score, scratch, order, other, low, high, base, totals,
