@@ -1,118 +1,21 @@
-"""The search page in a headless Chromium, as a person uses it: real items, a backend of words in place of models."""
+"""The search page in a headless Chromium, as a person uses it."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import pytest
-import uvicorn
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from ace_core.config import ServeSettings, Settings
 from serve.auth import new_key
-from serve.http import build_http
-from tests.serving_world import CREDIT, WordBackend, draw_corpus, publish
+from tests.browsing import MARKS, Site, cards, serve_page, until
+from tests.serving_world import CREDIT, WordBackend
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--no-first-run", "--autoplay-policy=no-user-gesture-required",
-]  # fmt: skip
-expect.set_options(timeout=20_000)  # a busy machine takes seconds for what takes milliseconds elsewhere
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
-]
-
-
-@dataclass(frozen=True)
-class Site:
-    address: str
-    backend: WordBackend
-    corpus: Path
-
-
-def _serve(settings: Settings, backend: WordBackend) -> tuple[uvicorn.Server, threading.Thread, str]:
-    server = uvicorn.Server(uvicorn.Config(build_http(settings, backend), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    return server, thread, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    publish(folder / "store", folder / "corpus", draw_corpus(folder / "corpus"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(world: Path) -> Iterator[Site]:
-    backend = WordBackend(str(world / "store"))
-    settings = Settings(store=str(world / "store"), serve=ServeSettings(watch_seconds=0.1))
-    server, thread, address = _serve(settings, backend)
-    yield Site(address, backend, world / "corpus")
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture
-def site(running: Site) -> Iterator[Site]:
-    yield running
-    running.backend.down = running.backend.broken = running.backend.full = False
-    running.backend.refused, running.backend.delay = None, 0.0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails its test on any error in its console but those of a failed request."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    errors: list[str] = []
-    page.on("pageerror", lambda e: errors.append(str(e)))
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" and "status of" not in m.text else None)
-    yield page
-    context.close()
-    assert not errors
-
-
-def _cards(page: Page) -> list[str]:
-    return page.locator(".card").evaluate_all("cards => cards.map(c => c.dataset.id)")
-
-
-def _until(holds: Callable[[], object], what: str) -> None:
-    """Wait for something that no locator can say."""
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
-
-
-def _focused(page: Page) -> str | None:
-    return page.evaluate("document.activeElement.closest('.card')?.dataset.id")  # type: ignore[no-any-return]
+pytestmark = MARKS
 
 
 def _search(page: Page, text: str) -> None:
@@ -128,7 +31,7 @@ def test_a_search_shows_pictures_sounds_and_clips(site: Site, page: Page) -> Non
     first = page.locator(".card").first
     expect(first).to_contain_text("circle")
     expect(first).to_contain_text(re.compile(r"9\d %"))
-    _until(lambda: set(_cards(page)[:2]) == {"red-circle", "clips/red moves"}, "both red circles come first")
+    until(lambda: set(cards(page)[:2]) == {"red-circle", "clips/red moves"}, "both red circles come first")
     shown = page.locator(".card[data-id=red-circle] img")
     shown.scroll_into_view_if_needed()
     page.wait_for_function("e => e.complete && e.naturalWidth === 96", arg=shown.element_handle())
@@ -190,7 +93,7 @@ def test_modalities_and_filters_narrow_the_search(site: Site, page: Page) -> Non
     expect(page.locator(".card")).to_have_count(3)
     page.get_by_role("button", name=re.compile("^green")).click()
     expect(page.locator(".card")).to_have_count(6)
-    _until(lambda: all(name.startswith(("blue", "green")) for name in _cards(page)), "only blue and green are shown")
+    until(lambda: all(name.startswith(("blue", "green")) for name in cards(page)), "only blue and green are shown")
     page.reload()  # the address holds all of it
     expect(page.locator(".card")).to_have_count(6)
     page.go_back()
@@ -225,7 +128,7 @@ def test_a_file_can_be_picked_or_dropped_to_search_by(site: Site, page: Page) ->
     picture = site.corpus / "pictures/red-circle.png"
     page.get_by_label("File to search by").set_input_files(picture)
     expect(page.get_by_role("heading", name="Like red-circle.png")).to_be_visible()
-    _until(lambda: "red-circle" in _cards(page)[:2], "the picture finds itself")
+    until(lambda: "red-circle" in cards(page)[:2], "the picture finds itself")
     page.goto(site.address)
     expect(page.locator(".card").first).to_be_visible()
     data = page.evaluate_handle(
@@ -256,7 +159,7 @@ def test_identifier_chips_browse_the_cluster(site: Site, page: Page) -> None:
     chips.nth(1).click()
     expect(page.get_by_text("4 items whose identifier begins like this")).to_be_visible()
     expect(page).to_have_url(re.compile("cluster=image-1"))
-    _until(lambda: all(name.endswith("square") for name in _cards(page)), "only squares are shown")
+    until(lambda: all(name.endswith("square") for name in cards(page)), "only squares are shown")
     page.get_by_role("navigation", name="Finer clusters").get_by_role("link").first.click()
     expect(page.get_by_text("1 item whose identifier begins like this")).to_be_visible()
 
@@ -289,38 +192,6 @@ def test_the_search_can_be_copied_as_curl(site: Site, page: Page) -> None:
     assert body["text"] == "it's red" and body["modality"] == ["image"] and body["filters"] == {"corners": [4]}
 
 
-def test_the_keyboard_is_enough(site: Site, page: Page) -> None:
-    page.goto(f"{site.address}/?q=red&m=image")
-    expect(page.locator(".card")).to_have_count(12)
-    page.keyboard.press("ArrowRight")
-    _until(lambda: _focused(page) == _cards(page)[0], "the first card has the focus")
-    page.keyboard.press("ArrowRight")
-    _until(lambda: _focused(page) == _cards(page)[1], "the second card has the focus")
-    page.keyboard.press("ArrowDown")
-    _until(lambda: _focused(page) != _cards(page)[1], "the focus moves down")
-    above, under = (
-        page.locator(f".card[data-id='{name}']").bounding_box() for name in (_cards(page)[1], _focused(page))
-    )
-    assert above and under and under["x"] == above["x"] and under["y"] > above["y"]
-    page.keyboard.press("ArrowUp")
-    _until(lambda: _focused(page) == _cards(page)[1], "the focus moves up again")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("dialog")).to_be_hidden()
-    expect(page).not_to_have_url(re.compile("item="))
-    _until(lambda: _focused(page) == _cards(page)[1], "the focus comes back to where it was")
-    page.keyboard.press("/")
-    page.keyboard.type("blue triangle")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name="“blue triangle”")).to_be_visible()
-    _until(lambda: _cards(page) and _cards(page)[0].startswith("blue-triangle"), "the new answer is shown")
-    page.keyboard.press("ArrowRight")
-    _until(lambda: _focused(page) == _cards(page)[0], "the first card has the focus")
-    page.keyboard.press("m")
-    expect(page.get_by_role("heading", name="Like “a blue triangle”")).to_be_visible()
-
-
 def test_a_server_error_is_said_and_can_be_tried_again(site: Site, page: Page) -> None:
     page.goto(site.address)
     site.backend.broken = True
@@ -342,7 +213,7 @@ def test_a_busy_server_is_waited_for(site: Site, page: Page) -> None:
 
 def test_the_footer_names_snapshot_credits_and_refusals(site: Site, page: Page) -> None:
     site.backend.refused = "second"
-    _until(lambda: httpx.get(f"{site.address}/v1/snapshot").json()["refused"], "the refusal is heard of")
+    until(lambda: httpx.get(f"{site.address}/v1/snapshot").json()["refused"], "the refusal is heard of")
     page.goto(site.address)
     expect(page.locator("footer")).to_contain_text("first")
     expect(page.locator("footer")).to_contain_text("20 items")
@@ -350,11 +221,11 @@ def test_the_footer_names_snapshot_credits_and_refusals(site: Site, page: Page) 
     expect(page.locator("#refused")).to_contain_text("SHA-256")
 
 
-def test_a_key_is_asked_for_and_opens_everything(world: Path, page: Page) -> None:
+def test_a_key_is_asked_for_and_opens_everything(page_world: Path, page: Page) -> None:
     secret, line = new_key("read", "page")
-    (world / "keys.txt").write_text(line)
-    settings = Settings(store=str(world / "store"), serve=ServeSettings(keys_file=str(world / "keys.txt")))
-    server, thread, address = _serve(settings, WordBackend(str(world / "store")))
+    (page_world / "keys.txt").write_text(line)
+    settings = Settings(store=str(page_world / "store"), serve=ServeSettings(keys_file=str(page_world / "keys.txt")))
+    server, thread, address = serve_page(settings, WordBackend(str(page_world / "store")))
     try:
         page.goto(f"{address}/?q=red+circle")
         page.get_by_label("API key", exact=True).last.fill("wrong")
@@ -368,45 +239,3 @@ def test_a_key_is_asked_for_and_opens_everything(world: Path, page: Page) -> Non
     finally:
         server.should_exit = True
         thread.join(10)
-
-
-def test_dark_mode_follows_the_system_and_the_button(site: Site, page: Page) -> None:
-    paper = "getComputedStyle(document.documentElement).backgroundColor"
-    page.emulate_media(color_scheme="dark")
-    page.goto(site.address)
-    dark = page.evaluate(paper)  # before anything is pressed
-    page.get_by_role("button", name="Switch between light and dark").click()
-    _until(lambda: page.evaluate(paper) != dark, "the colours change")
-    page.reload()
-    _until(lambda: page.evaluate(paper) != dark, "the choice is kept")
-
-
-@pytest.mark.parametrize("width", [320, 390, 820, 1600])
-def test_nothing_runs_off_the_side(site: Site, page: Page, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 800})
-    for path in ("/", "/?q=red+circle", "/?cluster=image", "/?q=red&item=red-square"):
-        page.goto(site.address + path)
-        expect(page.locator(".card").first).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_the_page_is_painted_before_anything_is_asked(site: Site, page: Page) -> None:
-    page.route("**/v1/**", lambda route: None)  # the API never answers
-    page.goto(site.address)
-    expect(page.get_by_label("What are you looking for?")).to_be_visible()
-    assert page.evaluate("performance.getEntriesByType('resource').filter(r => !r.name.includes('/v1/')).length") == 0
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(
-    "path", ["/", "/?q=red+circle", "/?q=quantum", "/?cluster=image-1", "/?q=red&item=red-square", "/?q=x&f.no=1"]
-)
-def test_it_is_accessible(site: Site, page: Page, path: str, scheme: str) -> None:
-    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
-    page.goto(site.address + path)
-    expect(page.locator(".card, .empty").first).to_be_visible()
-    page.get_by_role("button", name=re.compile("^Filters")).dispatch_event("click")
-    found = Axe().run(page)
-    assert not found.response["violations"], [
-        (v["id"], [n["html"] for n in v["nodes"]][:3]) for v in found.response["violations"]
-    ]
