@@ -7,8 +7,9 @@ took. The ingress listens by itself, as `ace serve` has it; with ``--proxy`` it 
 cluster. Identifiers are synthetic, texts all different. The rival reads the same texts through the same encoder,
 aligner, batching, ingress and answers; only the search differs: IVF with 8-bit vectors (nprobe 8).
 
-Phases: ``load`` (1, 8 and 32 users), ``overload`` (twice what 32 users get), ``faults``, ``autoscaling``; each in a
-sibling module. Unloaded means arrivals at half of what the server can do.
+Phases: ``load`` (1, 8 and 32 users), ``overload`` (twice what 32 users get), ``autoscaling`` (up), ``faults``, and
+``autoscaling`` again (down); each in a sibling module, all on one server. Unloaded means arrivals at half of what the
+server can do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +30,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from ace_core.config import ComputeSettings, ServeSettings, Settings
 from ace_core.retriever import Retriever
 from benchmarks import serving_autoscaling, serving_faults, serving_overload
 from benchmarks.measure import table, write_figures
-from benchmarks.serving_load import Load, batches, closed_loop, text_of
-from benchmarks.serving_rival import MARK, EitherSearcher, build_ivf
+from benchmarks.serving_faults import Judge
+from benchmarks.serving_load import ROLES, batches, closed_loop, text_of
+from benchmarks.serving_rival import MARK, build_ivf
+from benchmarks.serving_server import Server
 from benchmarks.serving_store import build
-from serve import app
 
 _PHASES = ("load", "overload", "faults", "autoscaling")
 _USERS = (1, 8, 32)
@@ -56,35 +59,29 @@ def in_process(store: Path, seconds: float) -> np.ndarray:
     return np.array(taken)
 
 
-def under_load(store: Path, seconds: float, overload_seconds: float, compute: ComputeSettings) -> dict[str, float]:
-    """Load on ACE and on the rival, then overload on ACE (none for 0 seconds)."""
-    bare = in_process(store, seconds)
+def under_load(address: str, bare: np.ndarray, seconds: float) -> dict[str, float]:
+    """Load on ACE and on the rival, beside what the bare retriever took."""
     alone = [float(np.quantile(bare, q) * 1000) for q in _QUANTILES]
     figures = {"in_process_p50_ms": alone[0]}
     rows: list[tuple] = [("in process", 1, *alone, float(1 / bare.mean()), 0, 0)]
     spent: list[tuple] = []
-    settings = Settings(store=str(store), serve=ServeSettings(port=0, watch_seconds=30), compute=compute)
-    address = app.run(settings, blocking=False, on_ready=lambda _: None, replica=EitherSearcher)
     for name, mark in (("IVF-SQ8", MARK), ("ACE", "")):
         texts = partial(_marked, mark)
-        closed_loop(address, 4, 1, texts=texts)
+        closed_loop(address, 4, 0.5, texts=texts)  # not counted
         for users in _USERS:
             load = closed_loop(address, users, seconds, texts=texts)
             times = [load.quantile(q) for q in _QUANTILES]
             rows.append((name, users, *times, load.throughput, load.statuses[429], load.unexplained))
-            spent.append((name, users, *_cpu(load)))
+            spent.append((name, users, *load.cpu_each))
             if not mark:
                 figures |= {f"p{int(q * 100)}_ms_{users}": ms for q, ms in zip(_QUANTILES, times)}
                 figures[f"throughput_{users}"] = load.throughput
             elif users == 1:
                 figures["ivf_p50_ms_1"] = times[0]
-    table("queries decoded together, of both", ("up to", "batches"), batches(address))
-    if overload_seconds:
-        figures |= serving_overload.measure(address, figures["throughput_32"], overload_seconds)
-    app.stop()
     header = ("server", "users", "p50 ms", "p95 ms", "p99 ms", "200/s", "429", "other")
     table("load", header, rows)
-    table("CPU ms of a search", ("server", "users", "clients", "proxy", "ingress", "replicas"), spent)
+    table("CPU ms of a search", ("server", "users", *ROLES), spent)
+    table("queries decoded together, of both", ("up to", "batches"), batches(address))
     figures["serving_overhead"] = figures["p50_ms_1"] / figures["in_process_p50_ms"]
     figures["vs_ivf_behind_same_ingress"] = figures["p50_ms_1"] / figures["ivf_p50_ms_1"]
     return figures
@@ -92,11 +89,6 @@ def under_load(store: Path, seconds: float, overload_seconds: float, compute: Co
 
 def _marked(mark: str, rng: np.random.Generator) -> str:
     return mark + text_of(rng)
-
-
-def _cpu(load: Load) -> list[float]:
-    searches = max(1, sum(load.statuses.values()))
-    return [1000 * load.cpu.get(role, 0.0) / searches for role in ("clients", "proxy", "ingress", "replicas")]
 
 
 def start_cluster(nodes: int) -> Cluster:
@@ -123,30 +115,58 @@ def main() -> None:
     nodes = 2 if chosen.quick else 3
     phases = _PHASES if chosen.only is None else (chosen.only,)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
         store = (chosen.cache or Path(folder)) / f"store-{items}"
-        snapshot = build(store, items)
-        build_ivf(store, items)
-        machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
-        print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {nodes} nodes here")
+        building = beside.submit(prepare, store, items)
         cluster = start_cluster(nodes)
-        # Whoever names a cluster is served through its proxies.
-        compute = ComputeSettings(address=cluster.address if chosen.proxy else None)
-        figures: dict[str, float] = {}
         try:
-            if {"load", "overload"} & set(phases):
-                overload = (4.0 if chosen.quick else 60.0) if "overload" in phases else 0.0
-                figures |= under_load(store, 1.0 if chosen.quick else 10.0, overload, compute)
-            if "faults" in phases:
-                seconds, every = (6.0, 6.0) if chosen.quick else (60.0, 8.0)
-                figures |= serving_faults.measure(store, snapshot, seconds, every, replicas=nodes)
-            if "autoscaling" in phases:
-                down = 2.0 if chosen.quick else 15.0
-                figures |= serving_autoscaling.measure(store, most=nodes, scale_down_seconds=down)
+            snapshot, judge = building.result()
+            machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
+            print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {nodes} nodes here")
+            figures = measure(store, snapshot, judge, cluster, nodes, phases, chosen)
         finally:
             ray.shutdown()
             cluster.shutdown()
-        write_figures(chosen.json, figures)
+    write_figures(chosen.json, figures)
+
+
+def prepare(store: Path, items: int) -> tuple[str, Judge]:
+    """The snapshot, the rival's index beside it, and what the bare retriever answers."""
+    snapshot = build(store, items)
+    build_ivf(store, items)
+    return snapshot, Judge.of(store, snapshot)
+
+
+def measure(
+    store: Path,
+    snapshot: str,
+    judge: Judge,
+    cluster: Cluster,
+    nodes: int,
+    phases: Sequence[str],
+    chosen: argparse.Namespace,
+) -> dict[str, float]:
+    """The phases, on one server; each finds the replicas that the one before it leaves."""
+    quick = chosen.quick
+    figures: dict[str, float] = {}
+    loaded = bool({"load", "overload"} & set(phases))
+    seconds = 1.0 if quick else 10.0
+    bare = in_process(store, seconds) if loaded else np.empty(0)
+    first = 1 if loaded or "autoscaling" in phases else nodes
+    # Whoever names a cluster is served through its proxies.
+    server = Server(store, replicas=first, address=cluster.address if chosen.proxy else None)
+    if loaded:
+        figures |= under_load(server.address, bare, seconds)
+    if "overload" in phases:
+        figures |= serving_overload.measure(server.address, figures["throughput_32"], 4.0 if quick else 60.0)
+    if "autoscaling" in phases:
+        figures |= serving_autoscaling.up(server, nodes)
+    if "faults" in phases:
+        lasting, every = (6.0, 5.0) if quick else (60.0, 8.0)
+        figures |= serving_faults.measure(server, judge, store, snapshot, lasting, every, replicas=nodes)
+    if "autoscaling" in phases:
+        figures |= serving_autoscaling.down(server, nodes, 1.0 if quick else 15.0)
+    return figures
 
 
 if __name__ == "__main__":

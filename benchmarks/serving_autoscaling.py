@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 
 from ray import serve
 from ray.serve.schema import ReplicaState
 
-from ace_core.config import ServeSettings, Settings
 from benchmarks.measure import table
 from benchmarks.serving_load import closed_loop
+from benchmarks.serving_server import Server
 from serve import app
 
-_USERS = 12
-_MAX_BATCH = 4
+_USERS = 6
 _LIMIT_SECONDS = 120.0
 
 
@@ -26,10 +24,10 @@ class Watch(threading.Thread):
         changes: (monotonic seconds, running replicas).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, running: int = 1) -> None:
         super().__init__(daemon=True)
         self._ended = threading.Event()
-        self.changes: list[tuple[float, int]] = [(time.monotonic(), 1)]
+        self.changes: list[tuple[float, int]] = [(time.monotonic(), running)]
 
     def run(self) -> None:
         while not self._ended.wait(0.25):
@@ -56,25 +54,29 @@ class Watch(threading.Thread):
         return next((at - since for at, running in self.changes if at > since and running == count), float("nan"))
 
 
-def measure(store: Path, *, most: int, scale_down_seconds: float) -> dict[str, float]:
-    """A step of load from nothing to 12 users, and back to nothing; ``most`` replicas, on as many nodes."""
-    chosen = ServeSettings(
-        port=0, replicas=1, max_replicas=most, max_batch=_MAX_BATCH, scale_down_seconds=scale_down_seconds
-    )
-    address = app.run(Settings(store=str(store), serve=chosen), blocking=False, on_ready=lambda _: None)
+def up(server: Server, most: int) -> dict[str, float]:
+    """A step of load from nothing to six users, until ``most`` replicas run, on as many nodes."""
+    server.scale(1, most)
     watch = Watch()
     watch.start()
     began = time.monotonic()
-    load = closed_loop(address, _USERS, _LIMIT_SECONDS, until=lambda: watch.now == most)
-    stopped = time.monotonic()
+    load = closed_loop(server.address, _USERS, _LIMIT_SECONDS, until=lambda: watch.now == most)
+    watch.end()
+    _print(f"replicas on {most} nodes, {_USERS} users from 0 s on", watch, began)
+    return {"scale_up_seconds": watch.first(most, began), "scale_non_200_429": float(load.unexplained)}
+
+
+def down(server: Server, most: int, seconds: float) -> dict[str, float]:
+    """No load any more: replicas that were not needed for ``seconds`` go."""
+    server.scale(1, most, down_seconds=seconds)
+    watch = Watch(most)
+    watch.start()
+    began = time.monotonic()
     watch.wait_for(1)
     watch.end()
-    app.stop()
-    rows = [(f"{at - began:.1f}", running) for at, running in watch.changes]
-    title = f"replicas on {most} nodes; {_USERS} users from 0 to {stopped - began:.1f} s, then none"
-    table(title, ("second", "replicas"), rows)
-    return {
-        "scale_up_seconds": watch.first(most, began),
-        "scale_down_seconds": watch.first(1, stopped),
-        "scale_non_200_429": float(load.unexplained),
-    }
+    _print(f"replicas without load, not needed for {seconds:g} s", watch, began)
+    return {"scale_down_seconds": watch.first(1, began)}
+
+
+def _print(title: str, watch: Watch, began: float) -> None:
+    table(title, ("second", "replicas"), [(f"{max(0.0, at - began):.1f}", running) for at, running in watch.changes])

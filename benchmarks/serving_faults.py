@@ -18,13 +18,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from ace_core.config import ServeSettings, Settings
 from ace_core.retriever import Retriever
 from ace_core.snapshot import Snapshot, write_snapshot
 from ace_store.store import Store
 from benchmarks.measure import table
 from benchmarks.serving_load import Load, closed_loop, processes, starting, text_of
-from serve import app
+from benchmarks.serving_server import Server
 
 _K = 10
 _TEXTS = 40
@@ -61,9 +60,13 @@ class Judge:
     verdicts: Counter[str]
 
     @classmethod
-    def of(cls, store: Path, snapshots: Sequence[str], texts: Sequence[str]) -> Judge:
+    def of(cls, store: Path, whole: str) -> Judge:
+        """Write the snapshots that :func:`measure` changes to, and find out what they have to answer."""
+        add_snapshots(store, whole)
+        rng = np.random.default_rng(5)
+        texts = [text_of(rng) for _ in range(_TEXTS)]
         expected: dict[str, dict[str, list[tuple[str, float]]]] = {}
-        for name in snapshots:
+        for name in (whole, _HALF):
             retriever = Retriever.open(store, name, verify=False)
             answers = [retriever.search([text], k=2 * _K)[0] for text in texts]
             expected[name] = {t: [(h.item_id, h.score) for h in hits] for t, hits in zip(texts, answers)}
@@ -120,7 +123,7 @@ class Chaos(threading.Thread):
             self.done = True
 
     def _damage(self) -> None:
-        plan = [(self._kill_every * (n + 0.5), self._kill) for n in range(int(self._seconds / self._kill_every))]
+        plan = [(at, self._kill) for at in np.arange(self._kill_every / 2, self._seconds + 1e-9, self._kill_every)]
         # All of them before the store goes, and after the damaged snapshot is gone.
         plan += [(self._seconds * at, self._switch) for at in _SWITCHES]
         plan += [(self._seconds * 0.42, self._hide), (self._seconds * 0.52, self._show)]
@@ -179,10 +182,9 @@ class Chaos(threading.Thread):
             return {}
 
     def _recover(self) -> None:
-        """Until as many replicas as before have answered from the snapshot that is published."""
+        """From the last kill, until as many replicas as before have answered from the snapshot that is published."""
         self._publish(self._whole, "last snapshot published")
-        self._kill()
-        began = time.monotonic()
+        began = max(at for what, at in self.events if what.startswith("replica killed"))
         while time.monotonic() < began + 120:
             time.sleep(0.2)
             now = time.monotonic()
@@ -197,18 +199,16 @@ class Chaos(threading.Thread):
                 return
 
 
-def measure(store: Path, whole: str, seconds: float, kill_every: float, *, replicas: int) -> dict[str, float]:
+def measure(
+    server: Server, judge: Judge, store: Path, whole: str, seconds: float, kill_every: float, *, replicas: int
+) -> dict[str, float]:
     """All faults during ``seconds`` of load; prints what was answered and what was done."""
-    add_snapshots(store, whole)
-    rng = np.random.default_rng(5)
-    texts = [text_of(rng) for _ in range(_TEXTS)]
-    judge = Judge.of(store, (whole, _HALF), texts)
-    serve = ServeSettings(port=0, replicas=replicas, max_replicas=replicas, watch_seconds=0.5)
-    address = app.run(Settings(store=str(store), serve=serve), blocking=False, on_ready=lambda _: None)
-    chaos = Chaos(address, store, whole, seconds, kill_every, replicas)
+    server.scale(replicas, replicas)
+    texts = list(judge.expected[whole])
+    chaos = Chaos(server.address, store, whole, seconds, kill_every, replicas)
     chaos.start()
     load = closed_loop(
-        address,
+        server.address,
         4,
         seconds + 150,
         texts=lambda rng: [str(t) for t in rng.choice(texts, 2, replace=False)],
@@ -216,7 +216,6 @@ def measure(store: Path, whole: str, seconds: float, kill_every: float, *, repli
         until=lambda: chaos.done,
     )
     chaos.join()
-    app.stop()
     _print(load, judge, chaos)
     return {
         "fault_wrong_answers": float(judge.verdicts["wrong"]),

@@ -24,6 +24,7 @@ red green blue small large old new wooden metal quiet loud slow fast bright dark
 tree house river piano guitar drum bell rain wind fire street door window child woman man boat train
 """.split()  # noqa: SIM905
 _ANSWER_SECONDS = 60.0
+ROLES = ("clients", "proxy", "ingress", "replicas")
 _ROLES = {"Searcher": "replicas", "Ingress": "ingress", "ProxyActor": "proxy"}
 
 
@@ -62,6 +63,12 @@ class Load:
     def throughput(self) -> float:
         """Searches answered with 200, a second."""
         return len(self.seconds) / self.wall
+
+    @property
+    def cpu_each(self) -> list[float]:
+        """CPU milliseconds of a request, whatever became of it, by :data:`ROLES`."""
+        requests = max(1, sum(self.statuses.values()))
+        return [1000 * self.cpu.get(role, 0.0) / requests for role in ROLES]
 
     @property
     def unexplained(self) -> int:

@@ -6,7 +6,7 @@ import threading
 import time
 
 from benchmarks.measure import table
-from benchmarks.serving_load import Load, memory, open_loop
+from benchmarks.serving_load import ROLES, Load, memory, open_loop
 
 _ROLES = ("replicas", "ingress", "proxy")
 
@@ -37,7 +37,7 @@ class MemoryLog(threading.Thread):
 def measure(address: str, capacity: float, seconds: float) -> dict[str, float]:
     """Arrivals at half of ``capacity`` (searches a second), then at twice as many as it, for ``seconds``."""
     unloaded = open_loop(address, capacity / 2, max(3.0, seconds / 3))
-    time.sleep(2)
+    time.sleep(1)
     log = MemoryLog()
     log.start()
     over = open_loop(address, 2 * capacity, seconds)
@@ -49,6 +49,8 @@ def measure(address: str, capacity: float, seconds: float) -> dict[str, float]:
     )
     rows = [(role, *(log.samples[n][role] for n in (0, len(log.samples) // 2, -1))) for role in _ROLES]
     table("resident MB during the overload", ("process", "first", "middle", "last"), rows)
+    spent = [("half of capacity", *unloaded.cpu_each), ("twice capacity", *over.cpu_each)]
+    table("CPU ms of a request, refused or not", ("rate", *ROLES), spent)
     for status, said in (unloaded.details | over.details).items():
         print(f"  {status}: {said}")
     return {

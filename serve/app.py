@@ -114,7 +114,7 @@ def build(settings: Settings) -> serve.Application:
     Raises:
         SettingsError: the key file cannot be used.
     """
-    return assemble(settings, Searcher)
+    return assemble(settings)
 
 
 def __getattr__(name: str) -> serve.Application:
@@ -124,7 +124,7 @@ def __getattr__(name: str) -> serve.Application:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def assemble(settings: Settings, replica: type[Searcher], *, node: str | None = None) -> serve.Application:
+def assemble(settings: Settings, replica: type[Searcher] = Searcher, *, node: str | None = None) -> serve.Application:
     """The application with another class of replica (a rival behind the same ingress, in the benchmarks).
 
     Args:
@@ -197,7 +197,7 @@ def run(
     on_ready: Callable[[str], None] = print,
     on_stop: Callable[[], None] = lambda: None,
     ready_seconds: float = 180,
-    replica: type[Searcher] = Searcher,
+    make: Callable[..., serve.Application] | None = None,
 ) -> str:
     """Start the server and wait until a replica has answered.
 
@@ -206,7 +206,7 @@ def run(
         on_ready: called with the server's address.
         on_stop: called when it was told to stop (blocking only), before it does, which takes some seconds.
         ready_seconds: how long it may take to start.
-        replica: see :func:`assemble`.
+        make: makes the application in place of :func:`assemble`; called with the settings and its ``node``.
 
     Returns:
         The server's address.
@@ -235,7 +235,7 @@ def run(
     )
     settings = settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})})
     node = ray.util.get_node_ip_address() if here else None
-    serve.run(assemble(settings, replica, node=node), name=APP_NAME, route_prefix="/")
+    serve.run((make or assemble)(settings, node=node), name=APP_NAME, route_prefix="/")
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
     address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     _wait_until_ready(address, ready_seconds)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -59,7 +60,8 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     chosen = ServeSettings(port=0, watch_seconds=0.2, batch_wait_seconds=0.05, max_queued=64, request_seconds=120)
     settings = Settings(store=str(tiny.path), serve=chosen)
     addresses: list[str] = []
-    address = serve_app.run(settings, blocking=False, on_ready=addresses.append, replica=Watched)
+    make = partial(serve_app.assemble, replica=Watched)
+    address = serve_app.run(settings, blocking=False, on_ready=addresses.append, make=make)
     assert addresses == [address]
     yield Served(address, tiny, settings)
     serve_app.stop()
