@@ -67,11 +67,21 @@ def _share(pid: int) -> int:
 
 
 class Timed(Reporter):
-    """Notes when the first encoded files come back."""
+    """Notes when the first encoded files come back, and when, and how many, have of as many batches as there are
+    encoders: from then on nothing is counted that was done meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoders: int) -> None:
         super().__init__(quiet=True)
-        self.first: tuple[float, int] | None = None
+        self.first: float | None = None
+        self.since: tuple[float, int] | None = None
+        self._encoders, self._batches, self._files = encoders, 0, 0
+
+    def came(self, count: int) -> None:
+        now = time.perf_counter()
+        self.first = self.first or now
+        self._batches, self._files = self._batches + 1, self._files + count
+        if self._batches == self._encoders:
+            self.since = now, self._files
 
     @contextmanager
     def step(self, name: str, total: int, unit: str = "items") -> Iterator[Step]:
@@ -80,14 +90,14 @@ class Timed(Reporter):
 
 
 class _Noting:
-    """A step that tells its reporter of the first advance."""
+    """A step that tells its reporter of every advance."""
 
     def __init__(self, reporter: Timed, step: Step) -> None:
         self._reporter, self._step = reporter, step
 
     def advance(self, count: int, note: str | None = None) -> None:
         self._step.advance(count, note)
-        self._reporter.first = self._reporter.first or (time.perf_counter(), count)
+        self._reporter.came(count)
 
 
 def pipeline(settings: Settings) -> dict[str, Any]:
@@ -96,20 +106,20 @@ def pipeline(settings: Settings) -> dict[str, Any]:
     from pipelines.ingest import ingest
 
     ensure_ray(settings.compute)
-    watch, reporter = Watch(), Timed()
+    watch, reporter = Watch(), Timed(settings.compute.encoders or 1)
     watch.start()
     began = time.perf_counter()
     manifest = ingest(settings, Store.open(settings.store), reporter)
     ended = time.perf_counter()
     peak = watch.stop()
     assert reporter.first is not None
-    since, before = reporter.first
     files = sum(manifest.metrics["items"].values()) + sum(manifest.metrics["errors"].values())
+    since, before = reporter.since or (began, 0)
     if before == files:  # so few that all came back together: there is no steady part
         since, before = began, 0
     return {
         "seconds": ended - began,
-        "start_seconds": reporter.first[0] - began,
+        "start_seconds": reporter.first - began,
         "steady_per_second": (files - before) / max(ended - since, 1e-9),
         "peak_bytes": peak,
         "features": manifest.id,
@@ -118,12 +128,10 @@ def pipeline(settings: Settings) -> dict[str, Any]:
 
 
 def _loop(settings: Settings, paths: list[str]) -> float:
-    """Read, decode and encode files in this process, nothing else; returns the seconds without loading the encoder."""
-    import torch
-
+    """Read, decode and encode files in this process with one thread (``OMP_NUM_THREADS`` says so), nothing else;
+    returns the seconds without loading the encoder."""
     from ace_core.encoders import load_media_encoder
 
-    torch.set_num_threads(1)
     modality = modality_of(paths[0]) or Modality.IMAGE
     limits = settings.limits.model_copy(update={"isolate": False})
     encoder = load_media_encoder(modality, settings.encoders.media(modality), limits)
