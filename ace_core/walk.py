@@ -125,7 +125,7 @@ class Walk:
         level, queries = rows.level, len(rows.live)
         if log_probs.shape[0] != queries or log_probs.shape[2] != self.vocab_sizes[level]:
             raise _foreign_model(log_probs.shape, self.vocab_sizes)
-        if log_probs.shape[1] not in (1, *range(rows.width, rows.low.shape[1] + 1)):
+        if not (log_probs.shape[1] == 1 or rows.width <= log_probs.shape[1] <= rows.low.shape[1]):
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
         following = self._blank(queries, beam, level + 1)
         kernels.expand(
@@ -154,8 +154,8 @@ class Walk:
         the widths of :func:`draft_widths`, then all that is below, of which the best rows stay.
 
         Args:
-            log_probs: (n, sum of V_l) float32 or float64, of all levels' tokens side by side; where a query's largest is
-                above zero, all are lowered by it.
+            log_probs: (n, sum of V_l) float32 or float64, of all levels' tokens side by side; where a query's largest
+                is above zero, all are lowered by it.
             keep: rows that result.
         """
         queries = len(log_probs)

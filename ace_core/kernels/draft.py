@@ -19,10 +19,10 @@ from ace_core.kernels.compiled import (
     uint16_at,
     uint64_at,
 )
+from ace_core.kernels.expand import likely_threshold
 from ace_core.kernels.items import collect_query
 from ace_core.kernels.selection import nth_largest, order_best_first
 
-_SAMPLE, _SAMPLED = 16, 8  # one child of so many is looked at first, where there are so many for each that is kept
 _CHUNK = 16384  # items that are looked at together
 
 
@@ -48,28 +48,6 @@ def _cut_nodes(node, parent, score, size, keep, scratch):
 
 
 @compiled
-def _likely_threshold(tokens, rows, low, high, base, table, keep, values, scratch):
-    """A score that somewhat more than ``keep`` children of rows are likely to pass, from a sample of them; -inf where
-    they are few."""
-    children = 0
-    for r in range(rows):
-        children += high[r] - low[r]
-    if children < _SAMPLED * keep:
-        return -np.inf
-    share = max(_SAMPLE, children // len(values) + 1)  # one child of so many is looked at
-    count = at = 0
-    for r in range(rows):
-        while at < high[r] - low[r]:
-            values[count] = base[r] + table[tokens[np.uint64(low[r] + at)]]
-            count += 1
-            at += share
-        at -= high[r] - low[r]
-    expected = keep * count / children
-    n = np.int64(expected + 3.0 * np.sqrt(expected)) + 1
-    return nth_largest(values, count, n, scratch) if n <= count else -np.inf
-
-
-@compiled
 def _best_children(
     tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
 ):  # fmt: skip
@@ -78,7 +56,7 @@ def _best_children(
     for i in range(len(table)):
         best = max(best, table[i])
     order_best_first(base, rows, order, other)  # so that the threshold rises at once
-    likely = _likely_threshold(tokens, rows, low, high, base, table, keep, score, scratch)
+    likely = likely_threshold(tokens, 1, rows, low, high, base, table.reshape(1, -1), keep, score, scratch)
     size = _children_above(
         likely, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
     )

@@ -7,6 +7,8 @@ import numpy as np
 from ace_core.kernels.compiled import NO_MASK, any_bit, child_at, compiled, token_at, uint8_at, uint16_at, uint64_at
 from ace_core.kernels.selection import nth_largest, order_best_first
 
+_MANY, _SHARE = 24, 12  # children for each row that is kept, from which on one of so many is looked at first
+
 
 @compiled
 def _run_end(address, wide, stride, node, end, flat):
@@ -145,34 +147,49 @@ def _scan(
 
 
 @compiled
-def _expand_query(
-    tokens, wide, strides, pointers, pointers_wide, level, bits,
-    low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
-    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob,
+def likely_threshold(tokens, stride, rows, low, high, score, log_probs, keep, values, scratch):
+    """A score that somewhat more than ``keep`` children of rows are likely to pass, from a sample of them; -inf where
+    they are few.
+
+    Args:
+        tokens: of the children, ``stride`` apart; low, high, score: of the rows; log_probs: (1 or rows, V), none above
+            zero.
+        values, scratch: room for the sample.
+    """
+    children = 0
+    for r in range(rows):
+        children += high[r] - low[r]
+    if children < _MANY * keep:
+        return -np.inf
+    share = max(_SHARE, children // len(values) + 1)  # one child of so many is looked at
+    count = at = 0
+    for r in range(rows):
+        row = log_probs[0 if log_probs.shape[0] == 1 else r]
+        while at < high[r] - low[r]:
+            values[count] = score[r] + min(np.float64(row[tokens[np.uint64((low[r] + at) * stride)]]), 0.0)
+            count += 1
+            at += share
+        at -= high[r] - low[r]
+    expected = keep * count / children
+    return nth_largest(values, count, min(np.int64(expected + 3.0 * np.sqrt(expected)) + 1, count), scratch)
+
+
+@compiled
+def _fill(
+    threshold, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
+    norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
 ):  # fmt: skip
-    """:func:`expand` for one query: the same arrays without their first axis, the layout's of one level. Returns the
-    number of rows.
+    """Fill slots with the best ``keep`` children above a threshold. Returns how many there are.
 
     Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
-    the threshold is the worst score kept.
+    the threshold is then the worst score kept.
     """
     segments = low.shape[1]
-    keep = next_score.shape[0]
     room = slot_score.shape[0]
     vocabulary = log_probs.shape[1]
     shared = log_probs.shape[0] == 1
-    cursor = np.empty(segments, np.int64)
-    run_end = np.empty(segments, np.int64)
-    norms = np.zeros(rows if renormalise else 1)
-    best = 0.0  # no child scores above its row by more than this
-    if shared and not renormalise:
-        best = -np.inf
-        for token in range(vocabulary):
-            best = max(best, np.float64(log_probs[0, token]))
-    size = 0
-    threshold = -np.inf
     narrow_tokens, wide_tokens = uint8_at(tokens[0]), uint16_at(tokens[0])
+    size = 0
     for r in range(rows):
         base = score[r]
         if base + best <= threshold:
@@ -219,7 +236,52 @@ def _expand_query(
             if done:
                 break
             size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
-    size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
+    return cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)[0]
+
+
+@compiled
+def _expand_query(
+    tokens, wide, strides, pointers, pointers_wide, level, bits,
+    low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
+    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
+    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob,
+):  # fmt: skip
+    """:func:`expand` for one query: the same arrays without their first axis, the layout's of one level. Returns the
+    number of rows."""
+    segments = low.shape[1]
+    keep = next_score.shape[0]
+    shared = log_probs.shape[0] == 1
+    cursor = np.empty(segments, np.int64)
+    run_end = np.empty(segments, np.int64)
+    norms = np.zeros(rows if renormalise else 1)
+    best = 0.0  # no child scores above its row by more than this
+    likely = -np.inf
+    if not renormalise:
+        if shared:
+            best = -np.inf
+            for token in range(log_probs.shape[1]):
+                best = max(best, np.float64(log_probs[0, token]))
+        if segments == 1 and bits[0] == NO_MASK:
+            begin, end = low[:, 0], high[:, 0]
+            if wide[0]:
+                wide_tokens = uint16_at(tokens[0])
+                likely = likely_threshold(
+                    wide_tokens, strides[0], rows, begin, end, score, log_probs, keep, slot_score, scratch
+                )
+            else:
+                narrow_tokens = uint8_at(tokens[0])
+                likely = likely_threshold(
+                    narrow_tokens, strides[0], rows, begin, end, score, log_probs, keep, slot_score, scratch
+                )
+    size = _fill(
+        likely, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
+        norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
+    )  # fmt: skip
+    if size < keep and likely > -np.inf:
+        size = _fill(
+            -np.inf, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
+            norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
+        )  # fmt: skip
     order_best_first(slot_score, size, order, other)
     for at in range(size):
         slot = order[at]
