@@ -257,6 +257,10 @@ class ServeSettings(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 only together with keys_file")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    proxies: bool = Field(
+        False,
+        description="`ace serve`: Ray Serve's proxy on the head node listens, not the (faster) ingress",
+    )
     replicas: int = Field(1, ge=1, description="decoding replicas, at least")
     max_replicas: int = Field(1, ge=1, description="decoding replicas that the autoscaler may start")
     scale_down_seconds: float = Field(60, ge=0, description="how long replicas are not needed before they go")

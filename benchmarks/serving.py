@@ -3,9 +3,9 @@
     python -m benchmarks.serving [--quick] [--items N] [--only PHASE] [--proxy] [--json FILE] [--cache FOLDER]
 
 One machine holds clients, ingress and replicas, so figures are of all of them together; a table says whose CPU a search
-took. The ingress listens by itself, as `ace serve` has it; with ``--proxy`` it stands behind Ray Serve's proxy, as on a
-cluster. Identifiers are synthetic, texts all different. The rival reads the same texts through the same encoder,
-aligner, batching, ingress and answers; only the search differs: IVF with 8-bit vectors (nprobe 8).
+took. The ingress listens by itself, as `ace serve` has it; with ``--proxy`` it stands behind Ray Serve's proxy, as
+`serve deploy` has it. Identifiers are synthetic, texts all different. The rival reads the same texts through the same
+encoder, aligner, batching, ingress and answers; only the search differs: IVF with 8-bit vectors (nprobe 8).
 
 Phases: ``load`` (1, 8 and 32 users), ``overload`` (twice what 32 users get), ``autoscaling`` (up), ``faults``, and
 ``autoscaling`` again (down); each in a sibling module, all on one server. Unloaded means arrivals at half of what the
@@ -123,7 +123,7 @@ def main() -> None:
             snapshot, judge = building.result()
             machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}"
             print(f"{machine}; {items:,} items, snapshot {snapshot}; Ray {ray.__version__}, {nodes} nodes here")
-            figures = measure(store, snapshot, judge, cluster, nodes, phases, chosen)
+            figures = measure(store, snapshot, judge, nodes, phases, chosen)
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -141,7 +141,6 @@ def measure(
     store: Path,
     snapshot: str,
     judge: Judge,
-    cluster: Cluster,
     nodes: int,
     phases: Sequence[str],
     chosen: argparse.Namespace,
@@ -153,8 +152,7 @@ def measure(
     seconds = 1.0 if quick else 10.0
     bare = in_process(store, seconds) if loaded else np.empty(0)
     first = 1 if loaded or "autoscaling" in phases else nodes
-    # Whoever names a cluster is served through its proxies.
-    server = Server(store, replicas=first, address=cluster.address if chosen.proxy else None)
+    server = Server(store, replicas=first, proxies=chosen.proxy)
     if loaded:
         figures |= under_load(server.address, bare, seconds)
     if "overload" in phases:

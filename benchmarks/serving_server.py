@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 
-from ace_core.config import ComputeSettings, ServeSettings, Settings
+from ace_core.config import ServeSettings, Settings
 from benchmarks.serving_rival import EitherSearcher
 from serve import app
 
@@ -20,16 +19,15 @@ class Server:
         address: where it listens.
     """
 
-    def __init__(self, store: Path, *, replicas: int, address: str | None) -> None:
+    def __init__(self, store: Path, *, replicas: int, proxies: bool) -> None:
         """Start it.
 
         Args:
-            address: of the cluster whose proxies are to listen; None leaves that to the ingress.
+            proxies: whether Ray Serve's proxies are to listen, or the ingress itself.
         """
         self._settings = Settings(
             store=str(store),
-            serve=ServeSettings(port=0, replicas=replicas, max_replicas=replicas, watch_seconds=0.5),
-            compute=ComputeSettings(address=address),
+            serve=ServeSettings(port=0, proxies=proxies, replicas=replicas, max_replicas=replicas, watch_seconds=0.5),
         )
         self.address = app.run(self._settings, blocking=False, on_ready=lambda _: None, make=_lasting)
 
@@ -37,8 +35,7 @@ class Server:
         """Keep between ``least`` and ``most`` replicas from now on; those that run stay as they are."""
         chosen = {"replicas": least, "max_replicas": most, "scale_down_seconds": down_seconds}
         settings = self._settings.model_copy(update={"serve": self._settings.serve.model_copy(update=chosen)})
-        node = ray.util.get_node_ip_address() if settings.compute.address is None else None
-        serve.run(_lasting(settings, node=node), name=app.APP_NAME, route_prefix="/")
+        serve.run(_lasting(settings, node=app.own_node(settings)), name=app.APP_NAME, route_prefix="/")
 
     def stop(self) -> None:
         app.stop()

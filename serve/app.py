@@ -24,7 +24,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -161,9 +161,13 @@ def assemble(settings: Settings, replica: type[Searcher] = Searcher, *, node: st
     ingress = serve.deployment(
         name="Ingress",
         # The ingress admits and refuses by itself, with a problem document; Serve's own limit must not come first.
-        max_ongoing_requests=4 * chosen.max_queued + 100,
+        # Where so much comes that it does, a proxy refuses without asking the ingress, which is cheap.
+        max_ongoing_requests=2 * chosen.max_queued + 100,
+        max_queued_requests=chosen.max_queued,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
         ray_actor_options={
-            "num_cpus": 0.5,
+            # Where it has to run on one node, it must fit there: a head node may offer no CPUs at all.
+            "num_cpus": 0.5 if node is None else 0,
             "resources": {} if node is None else {f"node:{node}": 0.001},
             "runtime_env": {"env_vars": ONE_LOOP},
         },
@@ -228,14 +232,12 @@ def run(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
     if not ray.is_initialized():
         ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
-    here = settings.compute.address is None
     serve.start(
         http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
-        proxy_location=ProxyLocation.Disabled if here else ProxyLocation.HeadOnly,
+        proxy_location=ProxyLocation.HeadOnly if chosen.proxies else ProxyLocation.Disabled,
     )
     settings = settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})})
-    node = ray.util.get_node_ip_address() if here else None
-    serve.run((make or assemble)(settings, node=node), name=APP_NAME, route_prefix="/")
+    serve.run((make or assemble)(settings, node=own_node(settings)), name=APP_NAME, route_prefix="/")
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
     address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     _wait_until_ready(address, ready_seconds)
@@ -245,6 +247,11 @@ def run(
         on_stop()
         stop(ray_too=settings.compute.address is None)
     return address
+
+
+def own_node(settings: Settings) -> str | None:
+    """The node of this process, for the ingress to listen on; None where Ray Serve's proxies are to."""
+    return None if settings.serve.proxies else ray.util.get_node_ip_address()
 
 
 def _wait_for_the_end() -> None:

@@ -45,8 +45,8 @@ class Admission:
     A burst may wait ``max_wait_seconds``. Where more comes than can be answered, everyone would always wait that long:
     a long queue then makes all late and nobody faster (the standing queue of Nichols and Jacobson, "Controlling queue
     delay", 2012). So after a refusal, until nothing was refused for a second, a search may only wait a few times as
-    long as one takes alone, which is about twice what it takes in the company that it usually has: what is accepted in
-    an overload is answered nearly as fast as ever, in batches that are large enough.
+    long as one takes alone, which is less than twice what it takes in the company that it usually has: what is accepted
+    in an overload is answered nearly as fast as ever, in batches that are large enough.
     """
 
     def __init__(self, limit: int, *, always: int, max_wait_seconds: float) -> None:

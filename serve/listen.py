@@ -1,8 +1,9 @@
 """The ingress's own HTTP socket: on one machine, nothing stands between a user and it.
 
 Behind Ray Serve's proxy, a request crosses two more processes' event loops and comes back as a stream of messages: most
-of what a search used to cost. Where the ingress runs on the machine that is to listen (``ace serve``), it can listen
-itself. On a cluster, Ray Serve's proxies find the ingress, and nothing of this module runs.
+of what a search used to cost, and as much for one that is refused, which waits there before it can be. Where the
+ingress runs on the machine that is to listen (``ace serve``), it can listen itself. Under ``serve deploy`` Ray Serve's
+proxies find the ingress, and nothing of this module runs.
 
 What a proxy does for a request is done here: whoever takes too long to send it is told so, and the work for whoever
 went away is cancelled.

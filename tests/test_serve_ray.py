@@ -204,6 +204,18 @@ def test_the_settings_scale_the_replicas(tmp_path: Path, least: int, most: int) 
         assert 1 < scaling.target_ongoing_requests < PER_REPLICA  # nearly always one that waits
 
 
+def test_an_ingress_that_listens_runs_on_the_node_of_whoever_started_it(served: Served) -> None:
+    own = serve_app.own_node(served.settings)
+    assert own in {node["NodeManagerAddress"] for node in ray.nodes()}
+    pinned = serve_app.assemble(served.settings, node=own)._bound_deployment
+    assert pinned.ray_actor_options["resources"] == {f"node:{own}": 0.001}
+    assert pinned.ray_actor_options["num_cpus"] == 0 and pinned.init_args[2]  # it listens
+    behind = served.settings.model_copy(update={"serve": ServeSettings(proxies=True)})
+    assert serve_app.own_node(behind) is None
+    anywhere = serve_app.build(behind)._bound_deployment
+    assert not anywhere.ray_actor_options["resources"] and not anywhere.init_args[2]
+
+
 def test_the_ingress_needs_no_model() -> None:
     """What its process imports: models would cost it seconds at the start, and memory."""
     code = "import sys, serve.app, serve.http; print(sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
