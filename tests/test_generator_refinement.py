@@ -67,6 +67,7 @@ def test_no_kind_of_query_pays_for_the_other(made, monkeypatch) -> None:
     arguments = (model, queries, gold, x.numpy(), np.zeros(ITEMS, int))
     assert choose_refinement(*arguments)["image"] > 0, "most queries gain"
     assert choose_refinement(*arguments, trained=trained)["image"] == 0
+    assert choose_refinement(*arguments, trained=np.ones(90, bool))["image"] == 0, "nobody asks for the other kind"
 
 
 def test_a_query_gets_the_share_of_the_modality_that_it_asks_for(made) -> None:

@@ -35,8 +35,9 @@ def choose_refinement(
     trained: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Set ``generator.refinement``; returns each modality's share by name. Where there are no queries to choose by, it
-    is 0: queries stay as they are aligned.
+    """Set ``generator.refinement``; returns each modality's share by name.
+
+    Where queries of a kind are missing, it is 0: queries stay as they are aligned.
 
     Args:
         queries: validation queries, in batches.
@@ -63,11 +64,10 @@ def choose_refinement(
             own = similar.gather(1, target[:, None])
             found[share] = (1 / (1 + (similar > own).sum(1))).numpy()
         asked = modality[gold]
-        kind = np.zeros(len(gold), bool) if trained is None else trained
+        of_kind = [np.ones(len(gold), bool)] if trained is None else [trained, ~trained]
         for m in MODALITIES:
-            kinds = [(asked == m.token) & (kind == which) for which in (False, True)]
-            kinds = [k for k in kinds if k.sum() >= _FEWEST_QUERIES]
-            if kinds:
+            kinds = [(asked == m.token) & kind for kind in of_kind]
+            if min(k.sum() for k in kinds) >= _FEWEST_QUERIES:
                 means = {share: [float(f[k].mean()) for k in kinds] for share, f in found.items()}
                 generator.refinement[m.token] = _best(means)
     return {m.value: float(generator.refinement[m.token]) for m in MODALITIES if (modality == m.token).any()}
