@@ -92,7 +92,7 @@ class Connections:
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             async with asyncio.timeout(_ANSWER_SECONDS):
                 status, length, keep = _head(await reader.readuntil(b"\r\n\r\n"))
-                answer = await reader.readexactly(length)
+                answer = await (_chunks(reader) if length is None else reader.readexactly(length))
         except BaseException:
             writer.close()
             raise
@@ -107,11 +107,21 @@ class Connections:
             writer.close()
 
 
-def _head(head: bytes) -> tuple[int, int, bool]:
-    """Status, length of the body, and whether the connection stays."""
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    """A body in chunks, as Ray Serve's proxy sends its own refusals."""
+    body = b""
+    while size := int(await reader.readline(), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readline()
+    return body
+
+
+def _head(head: bytes) -> tuple[int, int | None, bool]:
+    """Status, length of the body (None: in chunks), and whether the connection stays."""
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return int(first.split()[1]), int(headers["content-length"]), headers.get("connection", "").lower() != "close"
+    length = int(headers["content-length"]) if "content-length" in headers else None
+    return int(first.split()[1]), length, headers.get("connection", "").lower() != "close"
 
 
 Texts = str | list[str]
