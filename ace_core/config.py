@@ -227,7 +227,7 @@ class PublishSettings(Section):
     """What a snapshot stores."""
 
     vectors: Literal["none", "int8"] = Field(
-        "int8", description="what candidates are re-ranked with: stored 8-bit vectors, or (none) their codes alone"
+        "int8", description="what candidates are re-ranked with: what codes leave, in 8 bits, or (none) codes alone"
     )
 
 
