@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ace_core import kernels
+from ace_core.constraint import ConstraintIndex
+from ace_core.filters import ItemMask
 from ace_core.kernels import compiled
 from ace_core.kernels.selection import nth_largest, order_best_first
 from ace_core.scoring import Codewords, Remainders
+from ace_core.walk import Walk
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 scores = st.one_of(
@@ -64,3 +67,22 @@ def test_compiled_again_when_any_file_of_the_kernels_changes():
     for kernel in (kernels.expand, kernels.draft, kernels.add_products):
         cache = kernel._cache._cache_file  # type: ignore[attr-defined]
         assert cache._source_stamp == compiled._STAMP  # the name under which numba compares what it finds
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_draft_of_more_items_than_it_looks_at_together(masked):
+    rng = np.random.default_rng(0)
+    items, sizes = 40_000, (1, 2, 8, 8, 8)  # a few hundred items share an identifier
+    codes = np.stack([rng.integers(0, min(size, 4), items) for size in sizes], 1).astype(np.uint16)
+    codes = codes[np.lexsort(codes.T[::-1])]
+    walk = Walk([ConstraintIndex.build(codes, sizes, depth=1)])
+    allowed = rng.random(items) < 0.002 if masked else np.ones(items, bool)
+    log_probs = (rng.standard_normal((2, sum(sizes))) - 6).astype(np.float32)
+    found = walk.draft_items(log_probs, 20, walk.masks([ItemMask.of(allowed)] if masked else None, 2), items)
+    for q in range(2):
+        totals = log_probs[q].astype(np.float64)[codes + np.cumsum([0, *sizes[:-1]])].sum(1)
+        least = np.unique(totals[allowed])[-20]  # no two identifiers score the same
+        np.testing.assert_array_equal(
+            np.sort(found.row[q][found.valid[q]]), np.flatnonzero(allowed & (totals >= least))
+        )
+        assert (np.diff(found.log_prob[q][found.valid[q]]) <= 0).all()
