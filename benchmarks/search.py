@@ -103,7 +103,7 @@ def rivals(x: np.ndarray, quick: bool, cache: Path | None) -> dict[str, tuple[Se
         out[f"{name} nprobe {probes}"] = _probing(coded_only, probes, refined), size
     size = faiss_bytes(refined)
     for probes in (1, 2, 4, 8, 16):
-        for factor in (4, 8, 16, 32):
+        for factor in (4, 6, 8, 12, 16, 32):
             out[f"{name},Refine(SQ8) nprobe {probes} k_factor {factor}"] = (
                 _probing(refined, probes, refined, factor),
                 size,
@@ -176,7 +176,7 @@ def main() -> None:
     queries, beside = queries_near(x, 100 if options.quick else 400)
     ways = rivals(x, options.quick, options.cache)
     ours = OneShot(codes, x)
-    drafts = (25, 50, 100, 150, 200, 300, 400, 800)
+    drafts = (25, 50, 75, 100, 125, 150, 200, 250, 300, 400, 800)
     assert ours.stored is not None
     for draft in drafts:
         ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.index.nbytes
