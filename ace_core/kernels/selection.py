@@ -11,7 +11,6 @@ import numpy as np
 from ace_core.kernels.compiled import compiled
 
 _STEPS = 256
-_FEW = 48  # values that are not worth spreading
 
 
 @compiled
@@ -37,10 +36,6 @@ def _spread(values, count, steps):
 @compiled
 def nth_largest(values, count, n, scratch):
     """The n-th largest (from 1) of the first ``count`` values. ``scratch``: as long as they are."""
-    if count <= _FEW:
-        for i in range(count):
-            scratch[i] = values[i]
-        return _nth_of_few(scratch, count, n)
     steps = np.empty(_STEPS, np.int64)
     largest, per_unit = _spread(values, count, steps)
     step = 0
@@ -89,10 +84,7 @@ def order_best_first(score, count, order, other):
 
     By steps, then a merge sort of what is nearly sorted. ``other``: as long as ``order``.
     """
-    if count <= _FEW:
-        for i in range(count):
-            order[i] = i
-        _merge_runs(score, count, order, other)
+    if count == 0:
         return
     steps = np.empty(_STEPS, np.int64)
     largest, per_unit = _spread(score, count, steps)
@@ -103,12 +95,6 @@ def order_best_first(score, count, order, other):
         step = _step(largest, score[i], per_unit)
         order[steps[step]] = i
         steps[step] += 1
-    _merge_runs(score, count, order, other)
-
-
-@compiled
-def _merge_runs(score, count, order, other):
-    """Sort ``order`` by falling score, stably: short runs by insertion, then merged."""
     run = 16
     for begin in range(0, count, run):
         for i in range(begin + 1, min(begin + run, count)):
