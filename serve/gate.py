@@ -26,6 +26,7 @@ _SHORT_BYTES = 16_000
 _CALM_SECONDS = 1.0
 _STANDING = 4.5  # times what a search takes alone
 _FEW = 4  # searches in flight that are never too many, and from which on their times tell what one takes among others
+_SEARCHED = (200, 504)  # a request that makes no sense, or was taken back, says nothing of what a search takes
 _CLIENT_LEFT = 499  # in the metrics, as proxies write it: never sent
 
 _HEADERS = {
@@ -79,9 +80,12 @@ class Admission:
         self.in_flight += 1
         return self.in_flight
 
-    def leave(self, entered: int, seconds: float) -> None:
-        """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``."""
+    def leave(self, entered: int, seconds: float | None) -> None:
+        """Give back a place that :meth:`enter` gave as the ``entered``-th, after a search of ``seconds``; None where
+        nothing was searched."""
         self.in_flight -= 1
+        if seconds is None:
+            return
         if entered == 1:
             self.took_alone(seconds)
         elif entered >= _FEW:
@@ -162,12 +166,19 @@ class Gate:
         if place is None:
             await self._app(scope, _limited(receive, limit), send)
             return
-        entered = time.monotonic()
+        entered, status = time.monotonic(), 0
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
         self._metrics.in_flight(self._admission.in_flight)
         try:
-            await self._app(scope, _limited(receive, limit), send)
+            await self._app(scope, _limited(receive, limit), send_noting)
         finally:
-            self._admission.leave(place, time.monotonic() - entered)
+            self._admission.leave(place, time.monotonic() - entered if status in _SEARCHED else None)
             self._metrics.in_flight(self._admission.in_flight)
 
     def _check_key(self, scope: Scope, path: str, headers: Headers) -> None:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from serve.gate import Admission
+import asyncio
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from serve.auth import KeyRing
+from serve.gate import Admission, Gate
+from serve.metrics import Metrics
 
 
 def _rush(admission: Admission, now: float, seconds: float, shared: float = 0.0) -> int:
@@ -81,3 +90,32 @@ def test_an_overload_before_anything_was_alone() -> None:
     for place in places[1:]:
         admission.leave(place, 0.1 * place)
     assert 10 <= len([1 for _ in range(50) if admission.enter(0.5)]) <= 11  # nothing better is known than the limit
+
+
+@pytest.mark.parametrize("status, learned", [(200, True), (422, False), (503, False)])
+def test_only_what_was_searched_tells_what_a_search_takes(status: int, learned: bool) -> None:
+    admission = Admission(100, always=2, max_wait_seconds=2.0)
+    admission.took_alone(0.4)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Request(scope, receive).body()
+        for _ in range(20):  # until all have come
+            await asyncio.sleep(0)
+        await Response(status_code=status)(scope, receive, send)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def ask() -> None:
+        gate = Gate(app, keys=KeyRing(None), admission=admission, metrics=Metrics("one"), max_body_bytes=100)
+        scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": [], "query_string": b""}
+        for _ in range(20):
+            await asyncio.gather(*(gate(dict(scope), receive, send) for _ in range(5)))
+
+    asyncio.run(ask())
+    assert admission.in_flight == 0
+    admitted = len([1 for _ in range(50) if admission.enter(1e9)])
+    assert admitted > 6 if learned else admitted == 6
