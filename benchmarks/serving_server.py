@@ -37,9 +37,6 @@ class Server:
         settings = self._settings.model_copy(update={"serve": self._settings.serve.model_copy(update=chosen)})
         serve.run(_lasting(settings, node=app.own_node(settings)), name=app.APP_NAME, route_prefix="/")
 
-    def stop(self) -> None:
-        app.stop()
-
 
 def _lasting(settings: Settings, *, node: str | None) -> serve.Application:
     """The application under one version, so that deploying it again changes its scale and replaces nothing."""

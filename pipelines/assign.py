@@ -129,7 +129,7 @@ def assign_identifiers(
         ids: of the aligner and the quantizer.
         captions: what is known of captions; items get a share of those that they were trained with.
         chosen: (n,) bool over the part's items, as :func:`read_items` lists them; None for all items.
-        stored: also keep 8-bit vectors.
+        stored: also keep what identifiers leave of the items, in 8 bits.
     """
     known, generated = KnownCaptions(pa.array(captions.texts, pa.large_string()), split), latest_generated(store)
     files: list[str] = []

@@ -68,7 +68,7 @@ def learn_ranking(
         queries: captions of validation items, rows into ``vectors``.
         trained: rows of items whose captions were trained on; queries for them and for others weigh the same.
         vectors: (N, D) float32, the whole corpus' items. codes: (N, levels), their identifiers.
-        stored: similarities are measured with stored 8-bit vectors instead of rebuilt ones.
+        stored: similarities are also measured with what codes leave of the items, in 8 bits.
 
     Returns:
         figures: the number of queries and their recall.

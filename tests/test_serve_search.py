@@ -129,7 +129,7 @@ def test_a_bad_request_says_what_where_and_what_to_do(http: TestClient, body: di
     assert problem["where"] == where and found in problem["detail"] and problem["remedy"]
 
 
-def test_a_body_that_is_not_json_is_aproblem_of(http: TestClient) -> None:
+def test_a_body_that_is_not_json_is_a_problem(http: TestClient) -> None:
     problem_of(http.post("/v1/search", content=b"{text:", headers={"Content-Type": "application/json"}), 400)
     untyped = problem_of(http.post("/v1/search", content=b'{"text": "x"}', headers={"Content-Type": "text/plain"}), 422)
     assert "application/json" in untyped["remedy"]
