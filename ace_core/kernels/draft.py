@@ -56,7 +56,7 @@ def _best_children(
     for i in range(len(table)):
         best = max(best, table[i])
     order_best_first(base, rows, order, other)  # so that the threshold rises at once
-    likely = likely_threshold(tokens, 1, rows, low, high, base, table.reshape(1, -1), keep, score, scratch)
+    likely = likely_threshold(tokens, 1, rows, low, high, base, bits, table.reshape(1, -1), keep, score, scratch)
     size = _children_above(
         likely, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
     )
@@ -81,9 +81,10 @@ def _children_above(
             break
         for i in range(np.uint64(low[r]), np.uint64(high[r])):
             total = here + table[tokens[i]]
-            if total > threshold:
-                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
-                    continue
+            passes = total > threshold
+            if bits != NO_MASK:  # one branch for both, or either could be taken as often as not
+                passes &= (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1) != 0
+            if passes:
                 node[size] = i
                 parent[size] = r
                 score[size] = total
@@ -134,33 +135,37 @@ def _best_items(
     size = 0
     threshold = -np.inf
     first, begin = 0, low[0]  # where the chunk begins
+    tops = np.empty(rows)
     while first < rows:
-        filled, row, at = np.uint64(0), first, begin
+        filled, row, at, found = np.uint64(0), first, begin, 0
         while row < rows and filled < np.uint64(len(totals)):
             end = min(high[row], at + len(totals) - np.int64(filled))
             here, top = base[row], -np.inf
             for i in range(np.uint64(at), np.uint64(end)):
-                total = here + own[tokens[i * step]]
-                if count > 1:
-                    total += second[tokens[i * step + np.uint64(1)]]
-                if count > 2:
-                    total += third[tokens[i * step + np.uint64(2)]]
-                for level in range(3, count):
-                    total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
-                if bits != NO_MASK and not (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
-                    total = -np.inf
+                total = -np.inf
+                if bits == NO_MASK or (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
+                    total = here + own[tokens[i * step]]
+                    if count > 1:
+                        total += second[tokens[i * step + np.uint64(1)]]
+                    if count > 2:
+                        total += third[tokens[i * step + np.uint64(2)]]
+                    for level in range(3, count):
+                        total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
                 top = max(top, total)
                 totals[filled] = total
                 filled += np.uint64(1)
             highest[row] = top
+            if top > -np.inf:
+                tops[found] = top
+                found += 1
             if end < high[row]:
                 at = end
                 break
             row += 1
             at = low[row] if row < rows else 0
         pieces = row + (row < rows and at > low[row]) - first
-        if pieces >= keep:  # each row has an identifier of its own
-            least = nth_largest(highest[first:], pieces, keep, scratch)
+        if found >= keep:  # each row has an identifier of its own
+            least = nth_largest(tops, found, keep, scratch)
             threshold = max(threshold, np.nextafter(least, -np.inf))
         position = 0
         for r in range(first, first + pieces):

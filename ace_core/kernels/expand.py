@@ -147,13 +147,13 @@ def _scan(
 
 
 @compiled
-def likely_threshold(tokens, stride, rows, low, high, score, log_probs, keep, values, scratch):
-    """A score that somewhat more than ``keep`` children of rows are likely to pass, from a sample of them; -inf where
-    they are few.
+def likely_threshold(tokens, stride, rows, low, high, score, bits, log_probs, keep, values, scratch):
+    """A score that somewhat more than ``keep`` allowed children of rows are likely to pass, from a sample of them; -inf
+    where they are few.
 
     Args:
-        tokens: of the children, ``stride`` apart; low, high, score: of the rows; log_probs: (1 or rows, V), none above
-            zero.
+        tokens: of the children, ``stride`` apart; low, high, score: of the rows; bits: address of the bitmap of allowed
+            children, 0 for all; log_probs: (1 or rows, V), none above zero.
         values, scratch: room for the sample.
     """
     children = 0
@@ -162,16 +162,20 @@ def likely_threshold(tokens, stride, rows, low, high, score, log_probs, keep, va
     if children < _MANY * keep:
         return -np.inf
     share = max(_SHARE, children // len(values) + 1)  # one child of so many is looked at
+    allowed = uint64_at(bits)
     count = at = 0
     for r in range(rows):
         row = log_probs[0 if log_probs.shape[0] == 1 else r]
         while at < high[r] - low[r]:
-            values[count] = score[r] + min(np.float64(row[tokens[np.uint64((low[r] + at) * stride)]]), 0.0)
-            count += 1
+            node = low[r] + at
+            if bits == NO_MASK or (allowed[node >> 6] >> np.uint64(node & 63)) & np.uint64(1):
+                values[count] = score[r] + min(np.float64(row[tokens[np.uint64(node * stride)]]), 0.0)
+                count += 1
             at += share
         at -= high[r] - low[r]
-    expected = keep * count / children
-    return nth_largest(values, count, min(np.int64(expected + 3.0 * np.sqrt(expected)) + 1, count), scratch)
+    expected = keep / share
+    n = np.int64(expected + 3.0 * np.sqrt(expected)) + 1
+    return nth_largest(values, count, n, scratch) if n <= count else -np.inf
 
 
 @compiled
@@ -261,17 +265,17 @@ def _expand_query(
             best = -np.inf
             for token in range(log_probs.shape[1]):
                 best = max(best, np.float64(log_probs[0, token]))
-        if segments == 1 and bits[0] == NO_MASK:
+        if segments == 1:
             begin, end = low[:, 0], high[:, 0]
             if wide[0]:
                 wide_tokens = uint16_at(tokens[0])
                 likely = likely_threshold(
-                    wide_tokens, strides[0], rows, begin, end, score, log_probs, keep, slot_score, scratch
+                    wide_tokens, strides[0], rows, begin, end, score, bits[0], log_probs, keep, slot_score, scratch
                 )
             else:
                 narrow_tokens = uint8_at(tokens[0])
                 likely = likely_threshold(
-                    narrow_tokens, strides[0], rows, begin, end, score, log_probs, keep, slot_score, scratch
+                    narrow_tokens, strides[0], rows, begin, end, score, bits[0], log_probs, keep, slot_score, scratch
                 )
     size = _fill(
         likely, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
