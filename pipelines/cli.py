@@ -162,11 +162,16 @@ def fit_all(config: ConfigOption = None, changes: SetOption = None, store: Store
 
 
 @app.command()
-def publish(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
+def publish(
+    removed: Annotated[bool, typer.Option("--removed", help="Also what was removed by name.")] = False,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    store: StoreOption = None,
+) -> None:
     """Make the ingested corpus searchable, as a new snapshot that replaces the current one atomically."""
     from pipelines.publish import publish_stage
 
-    publish_stage(*context_of(config, changes, store))
+    publish_stage(*context_of(config, changes, store), removed=removed)
 
 
 @app.command()

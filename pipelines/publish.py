@@ -74,15 +74,18 @@ class Models:
         )
 
 
-def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> SnapshotManifest:
+def publish_stage(settings: Settings, store: Store, reporter: Reporter, *, removed: bool = False) -> SnapshotManifest:
     """Publish all items of the latest features but those that were removed by name (:mod:`pipelines.removed`); nothing
     is done when that is what ``CURRENT`` names.
 
     Items stream through: memory holds ids, captions and attributes of all while it decides which captions the index may
     know, then only identifiers; vectors never.
 
+    Args:
+        removed: what was removed by name is published, too.
+
     Raises:
-        StoreError: parts do not belong together, or another publisher was faster.
+        StoreError: parts do not belong together, it cannot be read what was removed, or another publisher was faster.
     """
     started = time.monotonic()
     seen = store.current(damaged=True)
@@ -96,7 +99,7 @@ def publish_stage(settings: Settings, store: Store, reporter: Reporter) -> Snaps
     models = Models.load(store, generator.id)
     same_encoders(store, features, generator)
     segment = segment_part(store, features, models, None, settings, reporter)
-    tombstones = still_kept_out(store, seen, segment, reporter)
+    tombstones = {} if removed else still_kept_out(store, seen, segment, reporter)
     manifest = snapshot_manifest(store, features, models, [segment], tombstones, parent=None, note="publish")
     return commit(store, manifest, tombstones, seen, reporter, started)
 

@@ -7,13 +7,14 @@ file, captions or attributes change, it comes in again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
 from ace_core.errors import QueryError, StoreError
 from ace_core.segment import Segment
-from ace_core.snapshot import PartRef, Snapshot, unwanted_rows
+from ace_core.snapshot import PartRef, Snapshot, SnapshotManifest, unwanted_rows
 from ace_store import Current, Store
 from pipelines.progress import Reporter, counted
 
@@ -69,14 +70,23 @@ def taken_back(
 
 def still_kept_out(store: Store, seen: Current, segment: PartRef, reporter: Reporter) -> dict[str, np.ndarray]:
     """Tombstones, as :func:`ace_core.snapshot.write_snapshot` takes them, of a segment of the whole corpus: for what
-    the current snapshot's record names."""
-    try:
-        if seen.snapshot is None or not store.snapshot(seen.snapshot).removed:
-            return {}
-        removed = removed_by_name(Snapshot.open(store.mirror(seen.snapshot), seen.snapshot, verify=False))
-    except StoreError as e:
-        reporter.say(f"what was removed by name cannot be read ({e.found}): all of the corpus is published")
+    the record of the current snapshot names, or of the newest where ``CURRENT`` is damaged.
+
+    Raises:
+        StoreError: that snapshot cannot be read.
+    """
+    latest = _latest(store, seen)
+    if latest is None or not latest.removed:
         return {}
+    try:
+        removed = removed_by_name(Snapshot.open(store.mirror(latest.id), latest.id, verify=False))
+    except StoreError as e:
+        raise StoreError(
+            f"what was removed by name from snapshot {latest.id} cannot be read: {e.found}",
+            where=e.where,
+            remedy="Run `ace rollback ID` to a snapshot that can be read first, or `ace publish --removed`, which "
+            "publishes removed items, too.",
+        ) from e
     if not removed:
         return {}
     whole = Segment(store.local_copy("segment", segment.id), verify=False)
@@ -87,6 +97,13 @@ def still_kept_out(store: Store, seen: Current, segment: PartRef, reporter: Repo
         return {}
     _say(whole.items.column("item_id").take(pa.array(rows[: SHOWN + 1])).to_pylist(), len(rows), reporter)
     return {segment.id: rows, unwanted_rows(segment.id): rows}
+
+
+def _latest(store: Store, seen: Current) -> SnapshotManifest | None:
+    found = None if seen.snapshot is None else store.find("snapshot", seen.snapshot)
+    if found is None:
+        found = next(reversed(store.parts("snapshot")), None)
+    return cast("SnapshotManifest | None", found)
 
 
 def some_ids(ids: Sequence[str]) -> str:

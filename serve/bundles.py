@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from serve.calls import Refusal, Reply, TextCall
+from serve.calls import Refusal, Reply, TextCall, Unavailable
 
 PER_REPLICA = 2
 _HEARD_SECONDS = 10.0
@@ -86,21 +86,28 @@ class Bundles:
                 self._on_the_way[asyncio.create_task(self._travel(bundle))] = bundle
 
     async def _travel(self, bundle: list[_Waiting]) -> None:
-        loop = asyncio.get_running_loop()
-        left = loop.time()
+        task = asyncio.current_task()
+        assert task is not None
+        left = asyncio.get_running_loop().time()
         open_ = [waiting.answer for waiting in bundle]
         try:
             answers = await self._send(tuple(waiting.call for waiting in bundle))
+            if len(answers) != len(bundle):
+                raise Unavailable(f"a replica gave {len(answers)} answers to {len(bundle)} searches")
         except asyncio.CancelledError:
+            left_by_all = task.cancelling() > 0
             for answer in open_:
-                answer.cancel()
+                if left_by_all:
+                    answer.cancel()
+                elif not answer.done():  # not by those who asked: the replica went away
+                    answer.set_exception(Unavailable("the replicas stopped while they answered"))
             raise
         except Exception as e:
             for answer in open_:
                 if not answer.done():
                     answer.set_exception(e)
         else:
-            for waiting, found in zip(bundle, answers, strict=True):
+            for waiting, found in zip(bundle, answers):
                 if isinstance(found, Reply):
                     self._heard[found.state.replica] = left
                     here = left - waiting.since
@@ -108,7 +115,5 @@ class Bundles:
                 if not waiting.answer.done():
                     waiting.answer.set_result(found)
         finally:
-            task = asyncio.current_task()
-            assert task is not None
             del self._on_the_way[task]
             self._leave()

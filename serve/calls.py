@@ -87,7 +87,7 @@ class Reply:
 class Refusal:
     """Why a call was not answered; ``kind`` decides the HTTP status."""
 
-    kind: Literal["query", "media", "missing", "model", "store", "deadline"]
+    kind: Literal["query", "media", "missing", "model", "store", "deadline", "failed"]
     found: str
     where: str = ""
     remedy: str = ""

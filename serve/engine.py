@@ -158,7 +158,7 @@ class Engine:
         timely = [n for n, waiting in enumerate(batch) if waiting.call.deadline >= now and not waiting.cancelled]
         try:
             found = self._find(live, [batch[n] for n in timely])
-        except AceError:
+        except Exception:
             # One call cannot be answered as asked. Alone, each says so for itself.
             found = [self._find_alone(live, batch[n]) for n in timely]
         spent = time.monotonic() - started
@@ -205,6 +205,9 @@ class Engine:
             return self._find(live, [waiting])[0]
         except AceError as e:
             return refusal_of(e)
+        except Exception:  # whatever is wrong with one call must not fail those that travelled with it
+            _log.exception("a search failed")
+            return Refusal("failed", "the search failed in the server", remedy="The server's log says why.")
 
     @staticmethod
     def _prepare(live: Retriever, call: ExampleCall) -> _Prepared | None:

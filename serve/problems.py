@@ -18,7 +18,7 @@ _STATUSES = {
     405: ("method not allowed", "/openapi.json lists the routes and their methods."),
     413: ("too large", "Send a smaller file or fewer texts."),
 }
-_STATUS = {"query": 422, "media": 422, "missing": 404, "model": 503, "store": 503, "deadline": 504}
+_STATUS = {"query": 422, "media": 422, "missing": 404, "model": 503, "store": 503, "deadline": 504, "failed": 500}
 _TITLE = {
     "query": "bad query",
     "media": "bad media",
@@ -26,6 +26,7 @@ _TITLE = {
     "model": "model unavailable",
     "store": "store unavailable",
     "deadline": "too slow",
+    "failed": "search failed",
 }
 
 

@@ -160,6 +160,22 @@ def test_publishing_keeps_out_what_was_removed_by_name(copy: Copy, capsys: pytes
     assert Retriever.open(copy.store.mirror()).item("images/005.png") is not None
 
 
+def test_publishing_never_forgets_what_was_removed(copy: Copy) -> None:
+    """Where the record cannot be read, nothing is published; where CURRENT is damaged, the newest record counts."""
+    quiet, before, out = Reporter(quiet=True), copy.ids(), {"images/005.png", "images/007.png"}
+    latest = remove_stage(copy.store, quiet, ids=sorted(out))
+    (Path(copy.settings.store) / "CURRENT").write_text("junk")
+    assert publish_stage(copy.settings, copy.store, quiet).removed == 2
+    assert copy.ids() == before - out
+    rollback_stage(copy.store, quiet, latest.id)
+    (Path(copy.settings.store) / "snapshots" / latest.id / "tombstones.safetensors").write_bytes(b"junk")
+    with pytest.raises(StoreError, match=rf"removed by name from snapshot {latest.id} .*`ace publish --removed`"):
+        publish_stage(copy.settings, copy.store, quiet)
+    assert copy.store.current().snapshot == latest.id
+    publish_stage(copy.settings, copy.store, quiet, removed=True)
+    assert copy.ids() == before
+
+
 def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
     before = copy.store.current()
     with pytest.raises(QueryError, match=r"not in the snapshot \(nobody\)"):

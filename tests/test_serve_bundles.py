@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve.bundles import PER_REPLICA, Bundles
-from serve.calls import Options, Overloaded, Refusal, ReplicaState, Reply, TextCall
+from serve.calls import Options, Overloaded, Refusal, ReplicaState, Reply, TextCall, Unavailable
 
 _WAIT = 60.0
 
@@ -31,13 +31,13 @@ class Replicas:
             self.cancelled.append(calls)
             raise
 
-    def answer(self, number: int, replica: str = "r1") -> None:
-        """Answer what was sent as the ``number``-th."""
+    def answer(self, number: int, replica: str = "r1", but: int = 0) -> None:
+        """Answer what was sent as the ``number``-th, but so many of it."""
         state = ReplicaState(replica, "first", 0.0)
         replies = [Reply(state, ((),) * len(c.texts), 0.5, {"queue": 1.0}, 1, 1) for c in self.sent[number]]
-        self._answers[number].set_result(replies)
+        self._answers[number].set_result(replies[but:])
 
-    def fail(self, number: int, error: Exception) -> None:
+    def fail(self, number: int, error: BaseException) -> None:
         self._answers[number].set_exception(error)
 
 
@@ -164,5 +164,22 @@ def test_a_failure_is_everybodys_in_its_bundle_and_nobody_elses() -> None:
             late.cancel()  # before it could leave
             await late
         assert len(replicas.sent) == 3
+
+    _run(test)
+
+
+def test_a_replica_that_stops_or_miscounts_leaves_nobody_waiting() -> None:
+    async def test(replicas: Replicas, settle: Any) -> None:
+        bundles = Bundles(replicas.send, most=2)
+        asked = [asyncio.create_task(bundles.ask(_call(t))) for t in "abcd"]
+        await settle()
+        replicas.fail(0, asyncio.CancelledError())  # as Ray says that an actor goes away
+        replicas.answer(1, but=1)
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(r) for r in results] == [Unavailable] * 4
+        last = asyncio.create_task(bundles.ask(_call("e")))
+        await settle()
+        replicas.answer(2)
+        assert isinstance(await last, Reply)
 
     _run(test)

@@ -90,6 +90,21 @@ def test_a_bad_call_does_not_spoil_its_neighbours(engine: Engine) -> None:
     assert isinstance(gone, Refusal) and gone.kind == "missing"
 
 
+def test_what_nobody_foresaw_fails_one_call(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = _ids(_answer(engine, _call(TEXTS[0]))[0])
+    search_batch = engine._live.search_batch
+
+    def fragile(requests: list) -> list:
+        if any(request.text == "boom" for request in requests):
+            raise ZeroDivisionError
+        return search_batch(requests)
+
+    monkeypatch.setattr(engine._live, "search_batch", fragile)
+    good, bad = _answer(engine, _call(TEXTS[0]), _call("boom"))
+    assert _ids(good) == alone
+    assert isinstance(bad, Refusal) and bad.kind == "failed" and bad.remedy
+
+
 def test_calls_past_their_deadline_leave_the_batch(engine: Engine) -> None:
     late, timely = _answer(engine, _call("x", "y", seconds=-1), _call(TEXTS[0]))
     assert isinstance(late, Refusal) and late.kind == "deadline"
