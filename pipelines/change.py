@@ -36,7 +36,7 @@ def add_stage(
         again: ids of items that come in though they were removed by name; ``removed``: all of them do.
 
     Raises:
-        QueryError: one of ``again`` was not removed by name.
+        QueryError: one of ``again`` was not removed by name, or is not in the corpus any more.
         StoreError: nothing is published yet, the encoders changed, or another publisher was faster.
     """
     started = time.monotonic()
@@ -53,6 +53,12 @@ def add_stage(
     fresh = ~pc.fill_null(same, False).to_numpy()
     unwanted = removed_by_name(snapshot)
     back = taken_back(unwanted, again, every=removed)
+    there = pc.is_in(pa.array(again, pa.string()), value_set=wanted.column("item_id").combine_chunks()).to_pylist()
+    if gone := [item_id for item_id, known in zip(again, there) if not known]:
+        raise QueryError(
+            f"{counted(len(gone), 'item')} not in the corpus any more ({some_ids(gone)})",
+            remedy="Nothing was added. Bring their files back first.",
+        )
     fresh &= ~kept_out({v: place for v, place in unwanted.items() if v not in back}, wanted, fresh, reporter)
     rows = np.flatnonzero(fresh)
     replaced = place.combine_chunks().take(pa.array(rows)).drop_null().to_numpy()

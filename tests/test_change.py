@@ -158,6 +158,11 @@ def test_publishing_keeps_out_what_was_removed_by_name(copy: Copy, capsys: pytes
     add_stage(copy.settings, copy.store, quiet, removed=True)
     assert copy.ids() == before | {"images/new.png"}
     assert Retriever.open(copy.store.mirror()).item("images/005.png") is not None
+    remove_stage(copy.store, quiet, ids=["images/005.png"])
+    (copy.corpus / "images" / "005.png").unlink()
+    copy.ingest()
+    with pytest.raises(QueryError, match=r"1 item not in the corpus any more \(images/005.png\)"):
+        add_stage(copy.settings, copy.store, quiet, again=["images/005.png"])
 
 
 def test_publishing_never_forgets_what_was_removed(copy: Copy) -> None:
