@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ace_core.candidates import Candidates
     from ace_core.quantize.quantizer import Quantizer
 
+_BLOCK = 65_536  # items whose remainders are unquantised in memory
+
 
 @dataclass(frozen=True, eq=False)
 class Remainders:
@@ -93,6 +95,17 @@ class Gallery:
     index: ConstraintIndex
     codes: np.ndarray
     stored: Remainders | None = None
+
+    @classmethod
+    def build(cls, codes: np.ndarray, quantizer: Quantizer, vectors: np.ndarray | None = None) -> Gallery:
+        """Of items with sorted codes (items, levels), and of their vectors (items, D) what is to be stored."""
+        index = ConstraintIndex.build(codes, quantizer.vocab_sizes)
+        if vectors is None:
+            return cls(index, codes)
+        blocks = [slice(begin, begin + _BLOCK) for begin in range(0, max(len(codes), 1), _BLOCK)]
+        parts = [Remainders.of(vectors[rows] - quantizer.reconstruct(codes[rows])) for rows in blocks]
+        steps, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("steps", "scales"))
+        return cls(index, codes, Remainders(steps, scales))
 
     def vectors(self, rows: np.ndarray, quantizer: Quantizer) -> np.ndarray:
         """(m, D) float32 item vectors that similarities are measured with."""

@@ -23,7 +23,6 @@ import torch
 from ace_core.aligner import CaptionPairs
 from ace_core.aligner_training import fit_aligner
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings, SearchSettings
-from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import search_candidates
 from ace_core.evaluation import MISSED, compare, compare_unpaired, exact_ranks, ranks_in, summarise
 from ace_core.generator.model import Generator
@@ -31,7 +30,7 @@ from ace_core.identifiers import sort_order
 from ace_core.items import Modality
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.query import QueryBatch
-from ace_core.scoring import Gallery, Remainders, similarity
+from ace_core.scoring import Gallery, similarity
 from ace_core.walk import Walk
 from benchmarks.measure import table
 from benchmarks.retrieval_data import DataSet, load_sets, text_table
@@ -82,15 +81,13 @@ class System:
         self.items = model.item_vectors(data.features, CaptionPairs(pooled[train], data.rows[train]))
         self.quantizer, _ = fit_quantizer(self.items[rows], data.tokens[rows], quantizer, queries=self.queries[train])
         codes = self.quantizer.assign(self.items, data.tokens)
-        left = self.items - self.quantizer.reconstruct(codes)
-        errors = np.square(left).sum(1)
+        errors = np.square(self.items - self.quantizer.reconstruct(codes)).sum(1)
         self.error_ratio = float(errors[~there].mean() / errors[rows].mean()) if (~there).any() else 1.0
         self.galleries, self.rows = [], []
         for members in (rows, np.flatnonzero(~there)):
             if len(members):
                 order = members[sort_order(codes[members], self.quantizer.vocab_sizes)]
-                index = ConstraintIndex.build(codes[order], self.quantizer.vocab_sizes)
-                self.galleries.append(Gallery(index, codes[order], Remainders.of(left[order])))
+                self.galleries.append(Gallery.build(codes[order], self.quantizer, self.items[order]))
                 self.rows.append(order)
         self.walk = Walk([g.index for g in self.galleries])
         self.generator = Generator(GeneratorSettings(), self.quantizer, pooled.shape[1], 1).eval()

@@ -15,7 +15,6 @@ from ace_core.aligner import Aligner, CaptionPairs
 from ace_core.aligner_training import fit_aligner
 from ace_core.candidates import Candidates
 from ace_core.config import AlignerSettings, GeneratorSettings, QuantizerSettings, SearchSettings
-from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import search_candidates
 from ace_core.evaluation import ranks_in
 from ace_core.fitting import FitHooks, Progress
@@ -29,7 +28,7 @@ from ace_core.manifest import fingerprint
 from ace_core.quantize.fit import fit_quantizer
 from ace_core.query import QueryBatch
 from ace_core.ranking import Ranker, even_weights, fit_ranker
-from ace_core.scoring import Gallery, Remainders, similarity
+from ace_core.scoring import Gallery, similarity
 from ace_core.walk import Walk
 from benchmarks.retrieval_data import DataSet, TextTable
 
@@ -224,9 +223,8 @@ class System:
     def ready(self, rows: np.ndarray) -> Ready:
         """Items (corpus rows) as a searched segment."""
         order = rows[sort_order(self.codes[rows], self.quantizer.vocab_sizes)]
-        index = ConstraintIndex.build(self.codes[order], self.quantizer.vocab_sizes)
-        stored = Remainders.of(self.vectors[order] - self.quantizer.reconstruct(self.codes[order]))
-        return Ready(Gallery(index, self.codes[order], stored), Walk([index]), order)
+        gallery = Gallery.build(self.codes[order], self.quantizer, self.vectors[order])
+        return Ready(gallery, Walk([gallery.index]), order)
 
     def find(
         self, at: np.ndarray, rows: np.ndarray, settings: SearchSettings

@@ -12,7 +12,6 @@ import torch
 from ace_core.aligner import Aligner
 from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
-from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import search_candidates
 from ace_core.features import Pairs
 from ace_core.generator.model import Generator
@@ -22,7 +21,7 @@ from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
 from ace_core.ranking import Ranker, even_weights, fit_ranker
 from ace_core.retriever import RANKING_NAME
-from ace_core.scoring import Gallery, Remainders, similarity
+from ace_core.scoring import Gallery, similarity
 from ace_core.walk import Walk
 from pipelines.texts import CaptionFeatures
 
@@ -77,8 +76,7 @@ def learn_ranking(
     modality = codes[:, 0]
     order = sort_order(codes, quantizer.vocab_sizes)
     codes = codes[order]
-    eight_bit = Remainders.of(vectors[order] - quantizer.reconstruct(codes)) if stored else None
-    gallery = Gallery(ConstraintIndex.build(codes, quantizer.vocab_sizes), codes, eight_bit)
+    gallery = Gallery.build(codes, quantizer, vectors[order] if stored else None)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     gold = place[queries.rows]

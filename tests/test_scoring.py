@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ace_core import scoring
 from ace_core.candidates import Candidates
-from ace_core.constraint import ConstraintIndex
 from ace_core.errors import StoreError
 from ace_core.identifiers import sort_order
 from ace_core.manifest import hash_folder, read_manifest, write_manifest
@@ -41,19 +41,17 @@ def _candidates(codes: np.ndarray, rows: np.ndarray, segment: np.ndarray, valid:
     return Candidates(valid, segment, np.where(valid, rows, 0), log_prob, np.zeros(tokens.shape, np.float32), tokens)
 
 
-def _gallery(quantizer: Quantizer, codes: np.ndarray, x: np.ndarray | None) -> Gallery:
-    stored = None if x is None else Remainders.of(x - quantizer.reconstruct(codes))
-    return Gallery(ConstraintIndex.build(codes, quantizer.vocab_sizes), codes, stored)
-
-
-def test_similarity_is_the_product_with_the_items_vector(world: tuple[Quantizer, np.ndarray, np.ndarray]) -> None:
+def test_similarity_is_the_product_with_the_items_vector(
+    world: tuple[Quantizer, np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantizer, x, codes = world
+    monkeypatch.setattr(scoring, "_BLOCK", 64)
     rng = np.random.default_rng(1)
     queries = rng.standard_normal((4, DIM)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     rows, segment = rng.integers(0, ITEMS, (4, 30)), rng.integers(0, 2, (4, 30))
     valid = rng.random((4, 30)) < 0.8
-    galleries = [_gallery(quantizer, codes, x), _gallery(quantizer, codes, None)]
+    galleries = [Gallery.build(codes, quantizer, x), Gallery.build(codes, quantizer)]
     found = similarity(queries, _candidates(codes, rows, segment, valid), galleries, quantizer)
     vectors = np.where(
         (segment == 0)[..., None], x[rows], quantizer.reconstruct(codes[rows.ravel()]).reshape(4, 30, -1)
