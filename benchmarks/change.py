@@ -200,13 +200,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
     parser.add_argument("--set", default="flickr8k", help="which set")
-    parser.add_argument("--cache", type=Path, help="folder for features computed on the way (default: that of --json)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/features"), help="folder for features computed on the way"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--quick", action="store_true", help="a small part of the set")
     parser.add_argument("--queries", type=int, default=2000, help="queries of each kind at most")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cache = args.cache or (args.json.parent if args.json else Path.cwd())
+    cache: Path = args.cache
     cache.mkdir(parents=True, exist_ok=True)
     data = load_sets(args.data, args.set, cache, most=80 if args.quick else None)
     pooled = text_table(data.captions, cache).pooled

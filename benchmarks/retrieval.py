@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--set", default="flickr8k", help="which set, or several of different modalities: a,b,c")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument(
-        "--cache", type=Path, help="folder for features computed on the way (default: FOLDER of --json)"
+        "--cache", type=Path, default=Path("build/features"), help="folder for features computed on the way"
     )
     parser.add_argument("--quick", action="store_true", help="a small part, in a minute")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
@@ -297,7 +297,7 @@ def main() -> None:
     if args.quick:
         args.queries, args.ablation_captions = min(args.queries, 60), min(args.ablation_captions, 128)
     torch.set_num_threads(1)
-    cache = args.cache or (args.json.parent if args.json else Path.cwd())
+    cache: Path = args.cache
     cache.mkdir(parents=True, exist_ok=True)
     data = load_sets(args.data, args.set, cache, most=40 if args.quick else None, captions=args.captions)
     world = make_world(data, text_table(data.captions, cache), args.queries)
