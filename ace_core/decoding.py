@@ -18,8 +18,9 @@ from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.pool import pooled
 from ace_core.query import QueryBatch
+from ace_core.rows import Rows
 from ace_core.tensor_walk import TensorWalk
-from ace_core.walk import MaskAddresses, Masks, Rows, Walk, draft_widths
+from ace_core.walk import MaskAddresses, Masks, Walk, draft_widths
 
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
@@ -143,7 +144,7 @@ def verified_search(
         width = rows.width
         if width:
             state = model.start(query)
-            codes = torch.from_numpy(rows.codes[:, :width].astype(np.int64)).to(state.modality_logp.device)
+            codes = torch.from_numpy(np.ascontiguousarray(rows.codes[:, :width])).to(state.modality_logp.device)
             first = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
             exact = torch.cat([first, model.score(state, codes, None, 1)], 2) if walk.levels > 1 else first
             rows = _reordered(rows, _numpy(exact), width)
@@ -242,12 +243,13 @@ def _finish(
     leaves, ancestor = rows, np.arange(rows.score.shape[1])[None].repeat(queries, 0)
     for deeper in range(level, walk.levels):
         # every child of every row: equal scores, and room for all of them
-        equal = replace(leaves, score=np.zeros_like(leaves.score))
+        equal = replace(leaves, block=leaves.block.copy())
+        equal.score[:] = 0
         leaves = walk.expand(equal, np.zeros((queries, 1, walk.vocab_sizes[deeper]), np.float32), most, addresses)
         ancestor = np.take_along_axis(ancestor, leaves.parent, 1)
     width = leaves.width
     device = parents.device
-    tokens = torch.from_numpy(leaves.codes[:, :width, level - 1 :].astype(np.int64)).to(device)
+    tokens = torch.from_numpy(np.ascontiguousarray(leaves.codes[:, :width, level - 1 :])).to(device)
     ancestor = ancestor[:, :width]
     known = rows.level_log_prob[np.arange(queries)[:, None], ancestor, :level]
     continues = torch.gather(parents, 1, torch.from_numpy(ancestor).to(device)) if level > 1 else None
@@ -262,20 +264,14 @@ def _reordered(rows: Rows, level_log_prob: np.ndarray, beam: int) -> Rows:
     score = np.where(np.arange(width) < rows.live[:, None], level_log_prob.sum(2), -np.inf)
     best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
     take = np.arange(len(score))[:, None], best
-    return Rows(
-        level=rows.level,
-        live=np.minimum(np.isfinite(score).sum(1), beam),
-        low=rows.low[take],
-        high=rows.high[take],
-        score=score[take],
-        parent=rows.parent[take],
-        codes=rows.codes[take],
-        level_log_prob=level_log_prob[take],
-    )
+    live = np.minimum(np.isfinite(score).sum(1), beam)
+    out = replace(rows, live=live, block=rows.block[take])  # a copy
+    out.score[:], out.level_log_prob[:] = score[take], level_log_prob[take]
+    return out
 
 
 def _tokens(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(rows.codes[:, :width, rows.level - 1].astype(np.int64)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(rows.codes[:, :width, rows.level - 1])).to(device)
 
 
 def _parents(rows: Rows, width: int, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,8 @@ import torch
 
 from ace_core.constraint import ConstraintIndex
 from ace_core.filters import ItemMask
-from ace_core.walk import Masks, Rows, Walk
+from ace_core.rows import Rows
+from ace_core.walk import Masks, Walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class TensorRows:
     """Beam rows of n queries, best first; dead rows have a score of -inf and empty intervals.
 
     Attributes:
-        low, high: (n, B, S) int64 children of each row in each segment, as in :class:`~ace_core.walk.Rows`.
+        low, high: (n, B, S) int64 children of each row in each segment, as in :class:`~ace_core.rows.Rows`.
         score: (n, B); parent: (n, B) int64; codes: (n, B, level) int64; level_log_prob: (n, B, level).
     """
 
@@ -187,16 +188,13 @@ class TensorWalk:
         low, high = rows.low.cpu().numpy(), rows.high.cpu().numpy()
         some = high > low
         score = rows.score.double().cpu().numpy()
-        return Rows(
-            level=self.levels,
-            live=np.isfinite(score).sum(1),
-            low=np.where(some, low - base, 0),
-            high=np.where(some, high - base, 0),
-            score=score,
-            parent=rows.parent.cpu().numpy(),
-            codes=rows.codes.cpu().numpy().astype(np.uint16),
-            level_log_prob=rows.level_log_prob.double().cpu().numpy(),
-        )
+        host = Rows.blank(*score.shape, level=self.levels, levels=self.levels, segments=len(base))
+        host.live[:] = np.isfinite(score).sum(1)
+        host.score[:], host.parent[:] = score, rows.parent.cpu().numpy()
+        host.low[:], host.high[:] = np.where(some, low - base, 0), np.where(some, high - base, 0)
+        host.codes[:] = rows.codes.cpu().numpy()
+        host.level_log_prob[:] = rows.level_log_prob.double().cpu().numpy()
+        return host
 
     def _any_allowed(self, level: int, nodes: torch.Tensor, masks: TensorMasks) -> torch.Tensor:
         """Does each node (n, ...) of ``level`` hold an allowed item?"""

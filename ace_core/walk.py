@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,40 +17,12 @@ from ace_core.candidates import Candidates
 from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
+from ace_core.rows import Rows
 
 _SPREAD, _MORE = 4, 450  # prefixes for each row of a draft, and how many more there may be than rows
 
 Masks = Sequence[ItemMask | None]
 """One mask for each segment; None allows all its items."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
-
-    Attributes:
-        level: tokens spelled so far.
-        live: (n,) int64, rows that exist. The rest of every array is meaningless beyond them.
-        low, high: (n, B, S) int64, per segment the interval of the row's children, numbered as nodes of level
-            ``level``; after the last level, the interval of its items.
-        score: (n, B) float64, summed log-probabilities.
-        parent: (n, B) int64, the previous row that each row continues.
-        codes: (n, B, levels) uint16, level_log_prob: (n, B, levels) float64; the tokens so far.
-    """
-
-    level: int
-    live: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    score: np.ndarray
-    parent: np.ndarray
-    codes: np.ndarray
-    level_log_prob: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """Rows of the fullest query."""
-        return int(self.live.max(initial=0))
 
 
 class Walk:
@@ -86,6 +57,7 @@ class Walk:
         ]
         self._roots = np.array([len(s.level_tokens(0)) for s in self.segments], np.int64)
         self._offsets = np.cumsum([0, *self.vocab_sizes])
+        self._plans: dict[int, np.ndarray] = {}  # by the identifiers that a draft keeps
 
     @property
     def levels(self) -> int:
@@ -98,17 +70,9 @@ class Walk:
 
     def root(self, queries: int) -> Rows:
         """One row a query, before the first token."""
-        low = np.zeros((queries, 1, len(self.segments)), np.int64)
-        return Rows(
-            level=0,
-            live=np.ones(queries, np.int64),
-            low=low,
-            high=low + self._roots,
-            score=np.zeros((queries, 1)),
-            parent=np.zeros((queries, 1), np.int64),
-            codes=np.zeros((queries, 1, self.levels), np.uint16),
-            level_log_prob=np.zeros((queries, 1, self.levels)),
-        )
+        rows = self._blank(queries, 1, 0)
+        rows.live[:], rows.block[:], rows.high[:] = 1, 0, self._roots
+        return rows
 
     def expand(
         self, rows: Rows, log_probs: np.ndarray, beam: int, masks: MaskAddresses, *, renormalise: bool = False
@@ -129,25 +93,13 @@ class Walk:
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
         following = self._blank(queries, beam, level + 1)
         kernels.expand(
-            self._layout, level, masks.bits,
-            rows.low, rows.high, rows.score, rows.codes, rows.level_log_prob, rows.live, log_probs, renormalise,
-            following.parent, following.low, following.high, following.score, following.codes,
-            following.level_log_prob, following.live,
+            self._layout, level, masks.bits, rows.block, rows.live, log_probs, renormalise,
+            following.block, following.live,
         )  # fmt: skip
         return following
 
     def _blank(self, queries: int, beam: int, level: int) -> Rows:
-        low, high = np.zeros((2, queries, beam, len(self.segments)), np.int64)
-        return Rows(
-            level=level,
-            live=np.empty(queries, np.int64),
-            low=low,
-            high=high,
-            score=np.zeros((queries, beam)),
-            parent=np.zeros((queries, beam), np.int64),
-            codes=np.zeros((queries, beam, self.levels), np.uint16),
-            level_log_prob=np.zeros((queries, beam, self.levels)),
-        )
+        return Rows.blank(queries, beam, level=level, levels=self.levels, segments=len(self.segments))
 
     def draft(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses) -> Rows:
         """Complete rows by tokens that do not depend on each other: :meth:`expand` for the first ``depth`` tokens, with
@@ -159,11 +111,10 @@ class Walk:
             keep: rows that result.
         """
         queries = len(log_probs)
-        inputs = self._draft_inputs(log_probs, keep, masks)
+        self._check_width(log_probs)
         done = self._blank(queries, keep, self.levels)
-        outputs = (done.low, done.high, done.score, done.codes, done.level_log_prob, done.live)
         if len(self.segments) == 1:
-            kernels.draft(*inputs, *outputs)
+            kernels.draft(self._layout, self._plan(keep), masks.bits, log_probs, done.block, done.live)
             return done
         rows = self.root(queries)
         log_probs = log_probs - np.maximum(log_probs.max(1, keepdims=True), 0)
@@ -171,16 +122,21 @@ class Walk:
             own = log_probs[:, None, self._offsets[level] : self._offsets[level + 1]]
             rows = self.expand(rows, np.ascontiguousarray(own), width, masks)
         kernels.complete(
-            self._layout, self.depth, masks.bits, log_probs, self._offsets,
-            rows.live, rows.low, rows.high, rows.score, rows.codes, *outputs,
-        )  # fmt: skip
+            self._layout, self.depth, masks.bits, log_probs, self._offsets, rows.block, rows.live, done.block, done.live
+        )
         return done
 
-    def _draft_inputs(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses) -> tuple[Any, ...]:
+    def _check_width(self, log_probs: np.ndarray) -> None:
         if log_probs.shape[1] != self._offsets[-1]:
             raise _foreign_model(log_probs.shape, self.vocab_sizes)
-        widths = np.array(draft_widths(keep, self.levels, self.depth))
-        return self._layout, self.depth, self._roots[0], masks.bits, log_probs, self._offsets, widths
+
+    def _plan(self, keep: int) -> np.ndarray:
+        """What :func:`ace_core.kernels.draft` is to do, for one segment."""
+        plan = self._plans.get(keep)
+        if plan is None:
+            widths = draft_widths(keep, self.levels, self.depth)
+            plan = self._plans[keep] = np.array([self.depth, self._roots[0], *widths, *self._offsets], np.int64)
+        return plan
 
     def items_below(self, rows: Rows) -> np.ndarray:
         """(n,) int64: items below each query's live rows, filtered ones included."""
@@ -195,17 +151,16 @@ class Walk:
     def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> Candidates:
         """The allowed items of complete rows: best row first, inside a row by segment and item; at most ``limit``."""
         found, outputs = self._candidates(len(rows.live), limit)
-        kernels.collect(
-            masks.bits, rows.low, rows.high, rows.score, rows.level_log_prob, rows.codes, rows.live, *outputs, found
-        )
+        kernels.collect(masks.bits, rows.block, rows.live, *outputs, found)
         return _trimmed(found, *outputs)
 
     def draft_items(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses, limit: int) -> Candidates:
         """:meth:`collect` of a :meth:`draft`, in one go."""
         if len(self.segments) > 1:
             return self.collect(self.draft(log_probs, keep, masks), masks, limit)
+        self._check_width(log_probs)
         found, outputs = self._candidates(len(log_probs), limit)
-        kernels.draft_items(*self._draft_inputs(log_probs, keep, masks), keep, *outputs, found)
+        kernels.draft_items(self._layout, self._plan(keep), keep, masks.bits, log_probs, *outputs, found)
         return _trimmed(found, *outputs)
 
     def _candidates(self, queries: int, limit: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
@@ -224,7 +179,7 @@ class Walk:
         """
         per_query = self.checked_masks(masks, queries)
         held = tuple(tuple(self._node_bits(s, m) for s, m in enumerate(row)) for row in per_query)
-        addresses = [[_addresses(level) for level in zip(*row)] for row in held]
+        addresses = [[[_address(a) for a in level] for level in zip(*row)] for row in held]
         return MaskAddresses(np.array(addresses, np.uint64), held)
 
     def checked_masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> list[Masks]:
@@ -308,22 +263,17 @@ def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreE
     )
 
 
-def _addresses(arrays: Sequence[np.ndarray | None]) -> np.ndarray:
-    return np.array([0 if a is None else _address(a) for a in arrays], np.uint64)
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
+def _layout(segments: Sequence[ConstraintIndex]) -> np.ndarray:
+    """(L, S, 5) int64 as the kernels read it: :mod:`ace_core.kernels.compiled`."""
+    return np.array([[_entry(segment, level) for segment in segments] for level in range(segments[0].levels)], np.int64)
 
 
-def _layout(segments: Sequence[ConstraintIndex]) -> kernels.Layout:
-    levels = range(segments[0].levels)
-    tokens = [[s.level_tokens(level) for s in segments] for level in levels]
-    pointers = [[s.first_child[level] if level < s.depth else None for s in segments] for level in levels]
-    return kernels.Layout(
-        tokens=np.array([_addresses(row) for row in tokens]),
-        wide=np.array([[t.dtype == np.uint16 for t in row] for row in tokens]),
-        strides=np.array([[t.strides[0] // t.itemsize for t in row] for row in tokens], np.int64),
-        pointers=np.array([_addresses(row) for row in pointers]),
-        pointers_wide=np.array([any(p.dtype == np.int64 for p in s.first_child) for s in segments]),
-    )
+def _entry(segment: ConstraintIndex, level: int) -> list[int]:
+    tokens = segment.level_tokens(level)
+    pointers = segment.first_child[level] if level < segment.depth else None
+    wide = pointers is not None and pointers.dtype == np.int64
+    return [_address(tokens), tokens.itemsize == 2, tokens.strides[0] // tokens.itemsize, _address(pointers), wide]

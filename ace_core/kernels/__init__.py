@@ -10,7 +10,7 @@ serial and release the GIL: threads that search at the same time share nothing b
 thread pool is not used; its default layer is not thread-safe).
 """
 
-from ace_core.kernels.compiled import Layout
+from ace_core.kernels.compiled import row_words
 from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
@@ -18,7 +18,6 @@ from ace_core.kernels.items import collect, mark_parents
 from ace_core.kernels.similarity import add_products, products
 
 __all__ = [
-    "Layout",
     "add_products",
     "collect",
     "complete",
@@ -27,4 +26,5 @@ __all__ = [
     "expand",
     "mark_parents",
     "products",
+    "row_words",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,22 +19,19 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.blake2b(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
-class Layout(NamedTuple):
-    """Where S segments' tokens and pointers lie, by level (L levels).
+# The words of a segment's entry in a layout, which is an (L, S, 5) int64 array of L levels and S segments: addresses of
+# its tokens and of first_child (0 where a level's nodes are items: there a child is a run of equal tokens), whether
+# they are wide (16-bit tokens, not 8-bit; 64-bit pointers, not 32-bit), tokens from one node to the next.
+TOKENS, WIDE, STRIDE, POINTERS, POINTERS_WIDE = range(5)
 
-    Attributes:
-        tokens: (L, S) uint64 addresses; wide: (L, S) bool, 16-bit tokens instead of 8-bit; strides: (L, S) int64,
-            tokens from one node to the next.
-        pointers: (L, S) uint64 addresses of first_child, 0 where a level's nodes are items: there a child is a run of
-            equal tokens.
-        pointers_wide: (S,) bool, 64-bit pointers instead of 32-bit.
-    """
+# The words of a beam row: its score (float64), the row that it continues; then S begins of its intervals, S
+# ends, L tokens and L log-probabilities (float64). See ace_core.rows.
+SCORE, PARENT, LOW = range(3)
 
-    tokens: np.ndarray
-    wide: np.ndarray
-    strides: np.ndarray
-    pointers: np.ndarray
-    pointers_wide: np.ndarray
+
+def row_words(segments: int, levels: int) -> int:
+    """Words of a beam row."""
+    return LOW + 2 * segments + 2 * levels
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
@@ -43,8 +40,9 @@ def compiled(function: Callable, **options: Any) -> Callable:
         dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return numba.njit(nogil=True, error_model="numpy", **options)(function)
-    # numba compiles again when the function's own file has changed; here also when that of a function it calls has
-    dispatcher._cache._cache_file._source_stamp = _STAMP
+    # numba compiles again when the function's own file has changed; here also when that of a function it calls has. In
+    # the place of numba's version, which is read before anything that could name what is gone.
+    dispatcher._cache._cache_file._version = f"{numba.__version__} {_STAMP}"
     return dispatcher
 
 
@@ -59,8 +57,7 @@ def _pointer(typingctx, address):
 
 
 @intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address (uint64), without waiting for it."""
+def _prefetch(typingctx, address):
 
     def codegen(context, builder, signature, args):
         number = ir.IntType(32)
@@ -70,6 +67,12 @@ def prefetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.uint64), codegen
+
+
+@compiled
+def prefetch(address):
+    """Ask for the cache line at an address (uint64), without waiting for it."""
+    _prefetch(address)  # type: ignore[call-arg]
 
 
 @compiled
@@ -108,13 +111,17 @@ def float32_at(address):
 
 
 @compiled
-def token_at(address, wide, stride, node):
-    return np.int64(uint16_at(address)[node * stride]) if wide else np.int64(uint8_at(address)[node * stride])
+def token_at(layout, level, s, node):
+    """The token of a node of segment s."""
+    address, at = np.uint64(layout[level, s, TOKENS]), node * layout[level, s, STRIDE]
+    return np.int64(uint16_at(address)[at]) if layout[level, s, WIDE] else np.int64(uint8_at(address)[at])
 
 
 @compiled
-def child_at(address, wide, node):
-    return int64_at(address)[node] if wide else np.int64(int32_at(address)[node])
+def child_at(layout, level, s, node):
+    """The first child of a node of segment s."""
+    address = np.uint64(layout[level, s, POINTERS])
+    return int64_at(address)[node] if layout[level, s, POINTERS_WIDE] else np.int64(int32_at(address)[node])
 
 
 @compiled

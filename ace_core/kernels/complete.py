@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import compiled, token_at
+from ace_core.kernels.compiled import LOW, PARENT, SCORE, compiled, token_at
 from ace_core.kernels.expand import any_allowed, cut
 from ace_core.kernels.selection import order_best_first
 
@@ -12,11 +12,8 @@ from ace_core.kernels.selection import order_best_first
 @compiled
 def _compare(layout, depth, s, item, other_s, other_item):
     """Order of two items by their tokens from ``depth`` on: negative, 0 or positive."""
-    for level in range(depth, len(layout.tokens)):
-        a = token_at(layout.tokens[level, s], layout.wide[level, s], layout.strides[level, s], item)
-        b = token_at(
-            layout.tokens[level, other_s], layout.wide[level, other_s], layout.strides[level, other_s], other_item
-        )
+    for level in range(depth, len(layout)):
+        a, b = token_at(layout, level, s, item), token_at(layout, level, other_s, other_item)
         if a != b:
             return a - b
     return 0
@@ -39,40 +36,37 @@ def _identifier_end(layout, depth, s, item, end):
 
 @compiled
 def _complete_query(
-    layout, depth, bits, table, offsets, rows, low, high, base, codes,
-    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-    done_low, done_high, done_score, done_codes, done_level_log_prob,
+    layout, depth, bits, table, offsets, rows, live,
+    slot_score, slot_row, slot_low, slot_high, scratch, order, other, done,
 ):  # fmt: skip
     """:func:`complete` for one query. Returns the number of rows."""
-    levels, segments = layout.tokens.shape
-    keep, room = len(done_score), len(slot_score)
+    levels, segments = layout.shape[:2]
+    high_at, codes_at = LOW + segments, LOW + 2 * segments
+    reals, done_reals = rows.view(np.float64), done.view(np.float64)
+    keep, room = len(done), len(slot_score)
     cursor, run_end = np.empty(segments, np.int64), np.empty(segments, np.int64)
     size = 0
     threshold = -np.inf
-    for r in range(rows):
+    for r in range(live):
         for s in range(segments):
-            cursor[s] = low[r, s]
+            cursor[s] = rows[r, LOW + s]
+        ends = rows[r, high_at:codes_at]
         while True:
             least = -1
             for s in range(segments):
-                if cursor[s] < high[r, s] and (
+                if cursor[s] < ends[s] and (
                     least < 0 or _compare(layout, depth, s, cursor[s], least, cursor[least]) < 0
                 ):
                     least = s
             if least < 0:
                 break
-            total = base[r]
+            total = reals[r, SCORE]
             for level in range(depth, levels):
-                address, wide, stride = (
-                    layout.tokens[level, least],
-                    layout.wide[level, least],
-                    layout.strides[level, least],
-                )
-                total += table[offsets[level] + token_at(address, wide, stride, cursor[least])]
+                total += table[offsets[level] + token_at(layout, level, least, cursor[least])]
             for s in range(segments):
                 run_end[s] = cursor[s]
-                if cursor[s] < high[r, s] and _compare(layout, depth, s, cursor[s], least, cursor[least]) == 0:
-                    run_end[s] = _identifier_end(layout, depth, s, cursor[s], high[r, s])
+                if cursor[s] < ends[s] and _compare(layout, depth, s, cursor[s], least, cursor[least]) == 0:
+                    run_end[s] = _identifier_end(layout, depth, s, cursor[s], ends[s])
             if total > threshold and any_allowed(bits, cursor, run_end):
                 slot_score[size] = total
                 slot_row[size] = r
@@ -88,46 +82,40 @@ def _complete_query(
     order_best_first(slot_score, size, order, other)
     for at in range(size):
         slot = order[at]
-        done_score[at] = slot_score[slot]
+        done_reals[at, SCORE] = slot_score[slot]
+        done[at, PARENT] = slot_row[slot]
+        for level in range(depth):
+            done[at, codes_at + level] = rows[slot_row[slot], codes_at + level]
         for s in range(segments):
             begin, end = slot_low[slot, s], slot_high[slot, s]
-            done_low[at, s] = begin
-            done_high[at, s] = end
+            done[at, LOW + s], done[at, high_at + s] = begin, end
             for level in range(depth, levels if begin < end else depth):
-                address, wide, stride = layout.tokens[level, s], layout.wide[level, s], layout.strides[level, s]
-                done_codes[at, level] = token_at(address, wide, stride, begin)
+                done[at, codes_at + level] = token_at(layout, level, s, begin)
         for level in range(levels):
-            if level < depth:
-                done_codes[at, level] = codes[slot_row[slot], level]
-            done_level_log_prob[at, level] = table[offsets[level] + done_codes[at, level]]
+            done_reals[at, codes_at + levels + level] = table[offsets[level] + done[at, codes_at + level]]
+    done[size:] = 0
     return size
 
 
 @compiled
-def complete(
-    layout, depth, bits, log_probs, offsets, rows, low, high, base, codes,
-    done_low, done_high, done_score, done_codes, done_level_log_prob, done_rows,
-):  # fmt: skip
+def complete(layout, depth, bits, log_probs, offsets, rows, live, done, done_live):
     """The best identifiers below prefixes of ``depth`` tokens, for every query.
 
     Args (as in :func:`~ace_core.kernels.expand.expand`, and):
         log_probs: (n, sum of V) of all levels' tokens side by side; offsets: (L + 1,) where each level begins.
-        rows: (n,) prefixes of each query; low, high: (n, B, S) int64 their items; base: (n, B) float64 their scores;
-            codes: (n, B, L) uint16 their tokens.
-        done_*: (n, C, ...) the complete rows that result, at most C of each query.
+        rows: (n, B, W) prefixes, whose intervals are of items; live: (n,) how many there are.
+        done, done_live: (n, C, W) the complete rows that result, and (n,) how many.
     """
-    queries, keep, segments = done_low.shape
+    keep, segments = done.shape[1], layout.shape[1]
     room = 2 * keep + 256
     slot_score, scratch = np.empty(room), np.empty(room)
     slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
     table = np.empty(log_probs.shape[1])
-    for q in range(queries):
+    for q in range(len(live)):
         for i in range(len(table)):
             table[i] = min(np.float64(log_probs[q, i]), 0.0)
-        done_rows[q] = _complete_query(
-            layout, depth, bits[q % bits.shape[0], len(layout.tokens) - 1], table, offsets,
-            rows[q], low[q], high[q], base[q], codes[q],
-            slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-            done_low[q], done_high[q], done_score[q], done_codes[q], done_level_log_prob[q],
+        done_live[q] = _complete_query(
+            layout, depth, bits[q % bits.shape[0], len(layout) - 1], table, offsets, rows[q], live[q],
+            slot_score, slot_row, slot_low, slot_high, scratch, order, other, done[q],
         )  # fmt: skip

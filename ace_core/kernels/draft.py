@@ -10,7 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from ace_core.kernels.compiled import (
+    LOW,
     NO_MASK,
+    PARENT,
+    SCORE,
+    STRIDE,
+    TOKENS,
+    WIDE,
     child_at,
     compiled,
     prefetch,
@@ -204,17 +210,17 @@ def _drop_repeats(tokens, stride, count, node, parent, score, size):
 
 @compiled
 def _draft_query(
-    layout, depth, roots, bits, table, offsets, widths, node, parent, score, scratch, order, other, low, high, base,
-    totals, done_low, done_high, done_score, done_codes, done_level_log_prob,
+    layout, plan, bits, table, node, parent, score, scratch, order, other, low, high, base, totals, done
 ):  # fmt: skip
     """:func:`draft` for one query. Returns the number of rows."""
-    levels = len(layout.tokens)
+    levels, depth = len(layout), plan[0]
+    widths, offsets = plan[2 : 2 + depth], plan[2 + levels :]
     rows = 1
-    low[0], high[0], base[0] = 0, roots, 0.0
+    low[0], high[0], base[0] = 0, plan[1], 0.0
     for level in range(depth):
-        address = layout.tokens[level, 0]
+        address = np.uint64(layout[level, 0, TOKENS])
         own = table[offsets[level] : offsets[level + 1]]
-        if layout.wide[level, 0]:
+        if layout[level, 0, WIDE]:
             rows = _best_children(
                 uint16_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
                 node[level], parent[level], score, scratch, order, other,
@@ -224,19 +230,17 @@ def _draft_query(
                 uint8_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
                 node[level], parent[level], score, scratch, order, other,
             )  # fmt: skip
-        pointers, pointers_wide = layout.pointers[level, 0], layout.pointers_wide[0]
-        following = layout.tokens[level + 1, 0]
-        step = np.uint64(layout.strides[level + 1, 0] * (2 if layout.wide[level + 1, 0] else 1))
+        following = np.uint64(layout[level + 1, 0, TOKENS])
+        step = np.uint64(layout[level + 1, 0, STRIDE] * (2 if layout[level + 1, 0, WIDE] else 1))
         for r in range(rows):
-            begin = child_at(pointers, pointers_wide, node[level, r])
-            end = child_at(pointers, pointers_wide, node[level, r] + 1)
+            begin, end = child_at(layout, level, 0, node[level, r]), child_at(layout, level, 0, node[level, r] + 1)
             low[r], high[r], base[r] = begin, end, score[r]
             line = following + np.uint64(begin) * step
-            prefetch(line)  # type: ignore[call-arg]
+            prefetch(line)
             if np.uint64(end - begin) * step > np.uint64(48):
-                prefetch(line + np.uint64(64))  # type: ignore[call-arg]
-    address, stride, wide = layout.tokens[depth, 0], layout.strides[depth, 0], layout.wide[depth, 0]
-    keep = len(done_score)
+                prefetch(line + np.uint64(64))
+    address, stride, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, STRIDE], layout[depth, 0, WIDE]
+    keep = len(done)
     room = min(4 * keep + 256, len(score))
     highest = np.empty(rows)
     if wide:
@@ -250,83 +254,72 @@ def _draft_query(
             node[depth], parent[depth], score[:room], totals, highest, scratch,
         )  # fmt: skip
     order_best_first(score, size, order, other)
+    reals = done.view(np.float64)
     for at in range(size):
         slot = order[at]
         item, r = node[depth, slot], parent[depth, slot]
-        done_score[at] = score[slot]
-        done_low[at, 0] = item
+        reals[at, SCORE] = score[slot]
+        done[at, PARENT], done[at, LOW] = r, item
         if wide:
-            done_high[at, 0] = _run_end(uint16_at(address), stride, levels - depth, item, high[r])
+            done[at, LOW + 1] = _run_end(uint16_at(address), stride, levels - depth, item, high[r])
         else:
-            done_high[at, 0] = _run_end(uint8_at(address), stride, levels - depth, item, high[r])
+            done[at, LOW + 1] = _run_end(uint8_at(address), stride, levels - depth, item, high[r])
         low[at], order[at] = item, r  # from here on the node and the row of each level in turn
     for level in range(levels - 1, -1, -1):
         if level < depth:
             for at in range(size):
                 low[at], order[at] = node[level, order[at]], parent[level, order[at]]
-        address, wide, stride = layout.tokens[level, 0], layout.wide[level, 0], layout.strides[level, 0]
         own = table[offsets[level] :]
         for at in range(size):
-            token = token_at(address, wide, stride, low[at])
-            done_codes[at, level] = token
-            done_level_log_prob[at, level] = own[token]
+            token = token_at(layout, level, 0, low[at])
+            done[at, LOW + 2 + level] = token
+            reals[at, LOW + 2 + levels + level] = own[token]
+    done[size:] = 0
     return size
 
 
 @compiled
-def draft(
-    layout, depth, roots, bits, log_probs, offsets, widths,
-    done_low, done_high, done_score, done_codes, done_level_log_prob, done_rows,
-):  # fmt: skip
+def draft(layout, plan, bits, log_probs, done, done_live):
     """The best identifiers of one segment, for every query.
 
     What :func:`~ace_core.kernels.expand.expand` and :func:`~ace_core.kernels.complete.complete` find together, in a
     fraction of their time, for a row is one node here.
 
     Args (as in :func:`~ace_core.kernels.complete.complete`, with S = 1, and):
-        depth: levels of the segment that have pointers.
-        roots: nodes of the first level; widths: (depth,) prefixes kept at each level.
+        plan: (2 + L + L + 1,) int64: depth, the number of levels with pointers; how many nodes the first level has;
+            prefixes kept at each level; where each level's tokens begin in ``log_probs``, and where the last ends.
     """
-    queries, keep, _ = done_low.shape
-    most = keep
+    levels, depth = len(layout), plan[0]
+    most = done.shape[1]
     for level in range(depth):
-        most = max(most, widths[level])
+        most = max(most, plan[2 + level])
     room = 2 * most + 256
     node, parent = np.empty((depth + 1, room), np.int64), np.empty((depth + 1, room), np.int64)
     score, scratch = np.empty(room), np.empty(room)
     order, other = np.empty(room, np.int64), np.empty(room, np.int64)
     low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
-    table, totals = np.empty(log_probs.shape[1]), np.empty(_CHUNK)
-    for q in range(queries):
+    table, totals = np.empty(plan[2 + 2 * levels]), np.empty(_CHUNK)
+    for q in range(len(done)):
         largest = np.float64(0)
         for i in range(len(table)):
             largest = max(largest, np.float64(log_probs[q, i]))
         for i in range(len(table)):
             table[i] = np.float64(log_probs[q, i]) - largest
-        done_rows[q] = _draft_query(
-            layout, depth, roots, bits[q % bits.shape[0]], table, offsets, widths,
-            node, parent, score, scratch, order, other, low, high, base, totals,
-            done_low[q], done_high[q], done_score[q], done_codes[q], done_level_log_prob[q],
+        done_live[q] = _draft_query(
+            layout, plan, bits[q % bits.shape[0]], table, node, parent, score, scratch, order, other, low, high, base,
+            totals, done[q],
         )  # fmt: skip
 
 
 @compiled
-def draft_items(
-    layout, depth, roots, bits, log_probs, offsets, widths, keep,
-    segment, item, item_score, item_levels, item_codes, found,
-):  # fmt: skip
+def draft_items(layout, plan, keep, bits, log_probs, segment, item, item_score, item_levels, item_codes, found):
     """:func:`draft` of ``keep`` identifiers, and :func:`~ace_core.kernels.items.collect` of their items."""
-    levels = item_codes.shape[2]
-    low, high = np.empty((1, keep, 1), np.int64), np.empty((1, keep, 1), np.int64)
-    score, level_log_prob = np.empty((1, keep)), np.empty((1, keep, levels))
-    codes, live = np.empty((1, keep, levels), np.uint16), np.empty(1, np.int64)
+    levels = len(layout)
+    leaves, live = np.empty((1, keep, LOW + 2 + 2 * levels), np.int64), np.empty(1, np.int64)
     for q in range(len(item)):
         own = bits[q % bits.shape[0] : q % bits.shape[0] + 1]
-        draft(
-            layout, depth, roots, own, log_probs[q : q + 1], offsets, widths,
-            low, high, score, codes, level_log_prob, live,
-        )  # fmt: skip
+        draft(layout, plan, own, log_probs[q : q + 1], leaves, live)
         found[q] = collect_query(
-            own[0, levels - 1], live[0], low[0], high[0], score[0], level_log_prob[0], codes[0],
+            own[0, levels - 1], leaves[0], live[0],
             segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip

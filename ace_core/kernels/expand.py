@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import NO_MASK, any_bit, child_at, compiled, token_at, uint8_at, uint16_at, uint64_at
+from ace_core.kernels.compiled import (
+    LOW,
+    NO_MASK,
+    PARENT,
+    POINTERS,
+    SCORE,
+    STRIDE,
+    TOKENS,
+    WIDE,
+    any_bit,
+    child_at,
+    compiled,
+    prefetch,
+    token_at,
+    uint8_at,
+    uint16_at,
+    uint64_at,
+)
 from ace_core.kernels.selection import nth_largest, order_best_first
 
 _MANY, _SHARE = 24, 12  # children for each row that is kept, from which on one of so many is looked at first
 
 
 @compiled
-def _run_end(address, wide, stride, node, end, flat):
-    """End of the run of children with the token of ``node``: longer than one where nodes are items only."""
-    if not flat or node + 1 == end:
-        return node + 1
-    token = token_at(address, wide, stride, node)
-    if token_at(address, wide, stride, node + 1) != token:
+def _run_end(tokens, stride, node, end):
+    """End of the run of children with the token of ``node``: where nodes are items, equal tokens are one child."""
+    token = tokens[node * stride]
+    if node + 1 == end or tokens[(node + 1) * stride] != token:
         return node + 1
     low, high = node + 2, end
     while low < high:
         middle = (low + high) >> 1
-        if token_at(address, wide, stride, middle) == token:
+        if tokens[middle * stride] == token:
             low = middle + 1
         else:
             high = middle
@@ -29,7 +44,7 @@ def _run_end(address, wide, stride, node, end, flat):
 
 
 @compiled
-def _join(tokens, wide, strides, pointers, cursor, ends, vocabulary, run_end):
+def _join(layout, level, cursor, ends, vocabulary, run_end):
     """The next child of a row, joined over its segments: its token (``vocabulary`` when there is none).
 
     Sets ``run_end`` to the end of its run in each segment, which is the cursor itself where it has none.
@@ -37,11 +52,17 @@ def _join(tokens, wide, strides, pointers, cursor, ends, vocabulary, run_end):
     token = vocabulary
     for s in range(len(cursor)):
         if cursor[s] < ends[s]:
-            token = min(token, token_at(tokens[s], wide[s], strides[s], cursor[s]))
+            token = min(token, token_at(layout, level, s, cursor[s]))
     for s in range(len(cursor)):
         run_end[s] = cursor[s]
-        if cursor[s] < ends[s] and token_at(tokens[s], wide[s], strides[s], cursor[s]) == token:
-            run_end[s] = _run_end(tokens[s], wide[s], strides[s], cursor[s], ends[s], pointers[s] == 0)
+        if cursor[s] < ends[s] and token_at(layout, level, s, cursor[s]) == token:
+            run_end[s] = cursor[s] + 1
+            if layout[level, s, POINTERS] == 0:
+                tokens, stride = np.uint64(layout[level, s, TOKENS]), layout[level, s, STRIDE]
+                if layout[level, s, WIDE]:
+                    run_end[s] = _run_end(uint16_at(tokens), stride, cursor[s], ends[s])
+                else:
+                    run_end[s] = _run_end(uint8_at(tokens), stride, cursor[s], ends[s])
     return token
 
 
@@ -55,12 +76,12 @@ def any_allowed(bits, low, high):
 
 
 @compiled
-def _log_sum(tokens, wide, strides, pointers, bits, ends, row, cursor, run_end):
+def _log_sum(layout, level, bits, ends, row, cursor, run_end):
     """Log of the summed probabilities of a row's allowed children; leaves ``cursor`` at their end."""
     largest = -np.inf
     total = 0.0
     while True:
-        token = _join(tokens, wide, strides, pointers, cursor, ends, len(row), run_end)
+        token = _join(layout, level, cursor, ends, len(row), run_end)
         if token == len(row):
             return largest + np.log(total) if total > 0 else 0.0
         value = np.float64(row[token])
@@ -103,50 +124,6 @@ def cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch):
 
 
 @compiled
-def _scan(
-    tokens, stride, at, first, end, flat, bits, base, row, norm, threshold,
-    slot_score, slot_row, slot_low, slot_high, size, r,
-):  # fmt: skip
-    """Put the children at .. end - 1 of row r that pass the threshold and the mask into slots, until there is no room.
-
-    The loop that a search's time is spent in: nearly all children end at its first comparison. Of children with one
-    token (where nodes are items) the first stands for all; ``first`` is the row's first child. Returns the next child
-    and slot.
-    """
-    margin = threshold - base + norm
-    margin -= 1e-5 + 1e-6 * abs(margin)  # a bound that float32 cannot round past; the exact comparison follows
-    bound = row.dtype.type(margin)
-    allowed = uint64_at(bits)
-    step = np.uint64(stride)
-    for i in range(np.uint64(at), np.uint64(end)):
-        value = row[tokens[i * step]]
-        if value > bound:
-            total = base + min(np.float64(value) - norm, 0.0)
-            node = np.int64(i)
-            token = tokens[i * step]
-            if total > threshold and (not flat or node == first or token != tokens[(i - np.uint64(1)) * step]):
-                stop = node + 1
-                if flat and stop < end and tokens[stop * stride] == token:
-                    low, high = stop + 1, end
-                    while low < high:
-                        middle = (low + high) >> 1
-                        if tokens[middle * stride] == token:
-                            low = middle + 1
-                        else:
-                            high = middle
-                    stop = low
-                if bits == NO_MASK or any_bit(allowed, node, stop):
-                    if size == len(slot_score):
-                        return node, size
-                    slot_score[size] = total
-                    slot_row[size] = r
-                    slot_low[size, 0] = node
-                    slot_high[size, 0] = stop
-                    size += 1
-    return end, size
-
-
-@compiled
 def likely_threshold(tokens, stride, rows, low, high, score, bits, log_probs, keep, values, scratch):
     """A score that somewhat more than ``keep`` allowed children of rows are likely to pass, from a sample of them; -inf
     where they are few.
@@ -179,169 +156,258 @@ def likely_threshold(tokens, stride, rows, low, high, score, bits, log_probs, ke
 
 
 @compiled
-def _fill(
-    threshold, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
-    norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
+def _scan(
+    tokens, stride, at, first, end, flat, bits, base, row, threshold, slot_score, slot_row, slot_low, slot_high, size, r
 ):  # fmt: skip
-    """Fill slots with the best ``keep`` children above a threshold. Returns how many there are.
+    """Put the children at .. end - 1 of row r that pass the threshold and the mask into slots, until there is no room.
 
-    Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
-    the threshold is then the worst score kept.
+    The loop that a search's time is spent in: nearly all children end at its first comparison. Of children with one
+    token (where nodes are items) the first stands for all; ``first`` is the row's first child. Returns the next child
+    and slot.
     """
-    segments = low.shape[1]
-    room = slot_score.shape[0]
-    vocabulary = log_probs.shape[1]
-    shared = log_probs.shape[0] == 1
-    narrow_tokens, wide_tokens = uint8_at(tokens[0]), uint16_at(tokens[0])
-    size = 0
-    for r in range(rows):
-        base = score[r]
-        if base + best <= threshold:
-            break  # rows come by falling score
-        row = log_probs[0 if shared else r]
-        norm = 0.0
-        if renormalise:
-            for s in range(segments):
-                cursor[s] = low[r, s]
-            norm = _log_sum(tokens, wide, strides, pointers, bits, high[r], row, cursor, run_end)
-            norms[r] = norm
-        for s in range(segments):
-            cursor[s] = low[r, s]
-        while True:
-            if segments == 1:
-                if wide[0]:
-                    cursor[0], size = _scan(
-                        wide_tokens, strides[0], cursor[0], low[r, 0], high[r, 0], pointers[0] == 0, bits[0], base,
-                        row, norm, threshold, slot_score, slot_row, slot_low, slot_high, size, r,
-                    )  # fmt: skip
-                else:
-                    cursor[0], size = _scan(
-                        narrow_tokens, strides[0], cursor[0], low[r, 0], high[r, 0], pointers[0] == 0, bits[0], base,
-                        row, norm, threshold, slot_score, slot_row, slot_low, slot_high, size, r,
-                    )  # fmt: skip
-                done = cursor[0] == high[r, 0]
-            else:
-                done = False
-                while size < room:
-                    token = _join(tokens, wide, strides, pointers, cursor, high[r], vocabulary, run_end)
-                    if token == vocabulary:
-                        done = True
-                        break
-                    total = base + min(np.float64(row[token]) - norm, 0.0)
-                    if total > threshold and any_allowed(bits, cursor, run_end):
-                        slot_score[size] = total
-                        slot_row[size] = r
-                        for s in range(segments):
-                            slot_low[size, s] = cursor[s]
-                            slot_high[size, s] = run_end[s]
-                        size += 1
-                    for s in range(segments):
-                        cursor[s] = run_end[s]
-            if done:
-                break
-            size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
-    return cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)[0]
+    margin = threshold - base
+    margin -= 1e-5 + 1e-6 * abs(margin)  # a bound that float32 cannot round past; the exact comparison follows
+    bound = row.dtype.type(margin)
+    allowed = uint64_at(bits)
+    step = np.uint64(stride)
+    for i in range(np.uint64(at), np.uint64(end)):
+        value = row[tokens[i * step]]
+        if value > bound:
+            total = base + min(np.float64(value), 0.0)
+            node = np.int64(i)
+            if total > threshold and (
+                not flat or node == first or tokens[i * step] != tokens[(i - np.uint64(1)) * step]
+            ):
+                stop = _run_end(tokens, stride, node, end) if flat else node + 1
+                if bits == NO_MASK or any_bit(allowed, node, stop):
+                    if size == len(slot_score):
+                        return node, size
+                    slot_score[size] = total
+                    slot_row[size] = r
+                    slot_low[size, 0] = node
+                    slot_high[size, 0] = stop
+                    size += 1
+    return end, size
 
 
 @compiled
-def _expand_query(
-    tokens, wide, strides, pointers, pointers_wide, level, bits,
-    low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
-    slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob,
+def _best_of_many(
+    threshold, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
+    slot_score, slot_row, slot_low, slot_high, scratch,
 ):  # fmt: skip
-    """:func:`expand` for one query: the same arrays without their first axis, the layout's of one level. Returns the
-    number of rows."""
-    segments = low.shape[1]
-    keep = next_score.shape[0]
-    shared = log_probs.shape[0] == 1
-    cursor = np.empty(segments, np.int64)
-    run_end = np.empty(segments, np.int64)
-    norms = np.zeros(rows if renormalise else 1)
-    best = 0.0  # no child scores above its row by more than this
-    likely = -np.inf
-    if not renormalise:
-        if shared:
-            best = -np.inf
-            for token in range(log_probs.shape[1]):
-                best = max(best, np.float64(log_probs[0, token]))
-        if segments == 1:
-            begin, end = low[:, 0], high[:, 0]
-            if wide[0]:
-                wide_tokens = uint16_at(tokens[0])
-                likely = likely_threshold(
-                    wide_tokens, strides[0], rows, begin, end, score, bits[0], log_probs, keep, slot_score, scratch
-                )
-            else:
-                narrow_tokens = uint8_at(tokens[0])
-                likely = likely_threshold(
-                    narrow_tokens, strides[0], rows, begin, end, score, bits[0], log_probs, keep, slot_score, scratch
-                )
-    size = _fill(
-        likely, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
-        norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
-    )  # fmt: skip
-    if size < keep and likely > -np.inf:
-        size = _fill(
-            -np.inf, tokens, wide, strides, pointers, bits, low, high, score, rows, log_probs, renormalise, best, keep,
-            norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
-        )  # fmt: skip
-    order_best_first(slot_score, size, order, other)
-    for at in range(size):
-        slot = order[at]
-        own = slot_row[slot]
-        spelled = np.int64(0)
-        for s in range(segments):
-            begin = slot_low[slot, s]
-            end = slot_high[slot, s]
-            if begin < end:
-                spelled = token_at(tokens[s], wide[s], strides[s], begin)
-            if pointers[s] != 0:
-                begin = child_at(pointers[s], pointers_wide[s], begin)
-                end = child_at(pointers[s], pointers_wide[s], end)
-            next_low[at, s] = begin
-            next_high[at, s] = end
-        for done_level in range(level):
-            next_codes[at, done_level] = codes[own, done_level]
-            next_level_log_prob[at, done_level] = level_log_prob[own, done_level]
-        norm = norms[own if renormalise else 0]
-        next_codes[at, level] = spelled
-        next_level_log_prob[at, level] = min(np.float64(log_probs[0 if shared else own, spelled]) - norm, 0.0)
-        next_score[at] = slot_score[slot]
-        next_parent[at] = own
+    """Fill slots with the best ``keep`` children of rows above a threshold. Returns how many there are.
+
+    Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
+    the threshold is then the worst score kept. No child scores above its row by more than ``best``.
+    """
+    size = 0
+    for r in range(len(low)):
+        if score[r] + best <= threshold:
+            break  # rows come by falling score
+        row = log_probs[0 if len(log_probs) == 1 else r]
+        at = low[r]
+        while True:
+            at, size = _scan(
+                tokens, stride, at, low[r], high[r], flat, bits, score[r], row, threshold,
+                slot_score, slot_row, slot_low, slot_high, size, r,
+            )  # fmt: skip
+            if at == high[r]:
+                break
+            size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
     return size
 
 
 @compiled
-def expand(
-    layout, level, bits, low, high, score, codes, level_log_prob, rows, log_probs, renormalise,
-    next_parent, next_low, next_high, next_score, next_codes, next_level_log_prob, next_rows,
+def _all_of_few(
+    tokens, stride, flat, bits, low, high, score, log_probs, slot_score, slot_row, slot_low, slot_high
 ):  # fmt: skip
+    """Put all allowed children of rows into slots, for which there is room. Returns how many there are."""
+    shared = len(log_probs) == 1
+    allowed = uint64_at(bits)
+    size = 0
+    for r in range(len(low)):
+        node, end = low[r], high[r]
+        while node < end:
+            stop = _run_end(tokens, stride, node, end) if flat else node + 1
+            total = score[r] + min(np.float64(log_probs[0 if shared else r, tokens[node * stride]]), 0.0)
+            slot_score[size] = total
+            slot_row[size] = r
+            slot_low[size, 0] = node
+            slot_high[size, 0] = stop
+            size += (total > -np.inf) and (bits == NO_MASK or any_bit(allowed, node, stop))
+            node = stop
+    return size
+
+
+@compiled
+def _best_of_one(
+    tokens, stride, flat, bits, low, high, score, log_probs, keep,
+    slot_score, slot_row, slot_low, slot_high, scratch,
+):  # fmt: skip
+    """Fill slots with children of the rows of one segment, the best ``keep`` among them. Returns how many there are."""
+    children = 0
+    for r in range(len(low)):
+        children += high[r] - low[r]
+    if children < len(slot_score):
+        return _all_of_few(
+            tokens, stride, flat, bits, low, high, score, log_probs, slot_score, slot_row, slot_low, slot_high
+        )
+    best = 0.0
+    if len(log_probs) == 1:
+        best = -np.inf
+        for token in range(log_probs.shape[1]):
+            best = max(best, min(np.float64(log_probs[0, token]), 0.0))
+    threshold = likely_threshold(tokens, stride, len(low), low, high, score, bits, log_probs, keep, slot_score, scratch)
+    size = _best_of_many(
+        threshold, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
+        slot_score, slot_row, slot_low, slot_high, scratch,
+    )  # fmt: skip
+    if size < keep and threshold > -np.inf:
+        size = _best_of_many(
+            -np.inf, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
+            slot_score, slot_row, slot_low, slot_high, scratch,
+        )  # fmt: skip
+    return size
+
+
+@compiled
+def _best_joined(
+    layout, level, bits, low, high, score, log_probs, renormalise, keep,
+    norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
+):  # fmt: skip
+    """:func:`_best_of_one` for any number of segments, and by probabilities that a row's allowed children share
+    (``norms``: the logarithms of their sums, which this sets)."""
+    size = 0
+    threshold = -np.inf
+    for r in range(len(low)):
+        if score[r] <= threshold:
+            break  # rows come by falling score
+        row = log_probs[0 if len(log_probs) == 1 else r]
+        norms[r] = 0.0
+        for s in range(len(cursor)):
+            cursor[s] = low[r, s]
+        if renormalise:
+            norms[r] = _log_sum(layout, level, bits, high[r], row, cursor, run_end)
+            for s in range(len(cursor)):
+                cursor[s] = low[r, s]
+        while True:
+            token = _join(layout, level, cursor, high[r], len(row), run_end)
+            if token == len(row):
+                break
+            total = score[r] + min(np.float64(row[token]) - norms[r], 0.0)
+            if total > threshold and any_allowed(bits, cursor, run_end):
+                if size == len(slot_score):
+                    size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
+                if total > threshold:
+                    slot_score[size] = total
+                    slot_row[size] = r
+                    for s in range(len(cursor)):
+                        slot_low[size, s], slot_high[size, s] = cursor[s], run_end[s]
+                    size += 1
+            for s in range(len(cursor)):
+                cursor[s] = run_end[s]
+    return size
+
+
+@compiled
+def _ask_for_tokens(entry, rows, live):
+    """Ask for the memory of rows' children."""
+    tokens, step = np.uint64(entry[TOKENS]), np.uint64(entry[STRIDE] * (2 if entry[WIDE] else 1))
+    for r in range(live):
+        prefetch(tokens + np.uint64(rows[r, LOW]) * step)
+
+
+@compiled
+def _ask_for_scores(entry, rows, live, high_at, log_probs):
+    """Ask for the memory that rows' children are scored from: all of it where they are many."""
+    tokens, stride = np.uint64(entry[TOKENS]), entry[STRIDE]
+    scores, size = np.uint64(log_probs.ctypes.data), np.uint64(log_probs.itemsize)
+    row_bytes = np.uint64(log_probs.shape[1]) * size
+    for r in range(live):
+        begin, end = rows[r, LOW], rows[r, high_at]
+        here = scores + np.uint64(r if r < len(log_probs) else 0) * row_bytes
+        if end - begin > 16:
+            for at in range(np.uint64(0), row_bytes, np.uint64(64)):
+                prefetch(here + at)
+        else:
+            for node in range(begin, end):
+                token = uint16_at(tokens)[node * stride] if entry[WIDE] else np.uint16(uint8_at(tokens)[node * stride])
+                prefetch(here + np.uint64(token) * size)
+
+
+@compiled
+def expand(layout, level, bits, rows, live, log_probs, renormalise, next_rows, next_live):
     """One level of the beam, for every query: the best real and allowed children of its rows.
 
     Children are joined over the segments by token. Best first; ties go to the earlier row, then the lower token.
 
     Args (S segments, L levels, n queries, B rows, V tokens at this level, C rows that result at most):
-        layout: a :class:`~ace_core.kernels.compiled.Layout`.
+        layout: (L, S, 5) int64, see :mod:`ace_core.kernels.compiled`, where rows' words are explained, too.
         bits: (n or 1, L, S) uint64 addresses of the allowed nodes' bitmaps, 0 for all.
-        low, high: (n, B, S) int64, the interval of children of each row, in nodes of this level.
-        score: (n, B) float64; codes, level_log_prob: (n, B, L) uint16 and float64, up to this level.
-        rows: (n,) live rows, which come first and by falling score.
+        rows: (n, B, W) int64; live: (n,) how many there are, first and by falling score.
         log_probs: (n, B or 1, V) of this level's tokens, none above zero; 1: the same for all rows of a query.
         renormalise: over the allowed children of each row instead of the whole vocabulary.
-        next_*: the rows that result, (n, C, ...); next_low and next_high are intervals of their children (of items,
+        next_rows, next_live: the rows that result, (n, C, W) and (n,); their intervals are of their children (of items,
             after the last level).
     """
-    queries, _, segments = low.shape
-    room = 3 * next_score.shape[1] + 64
-    slot_score, scratch = np.empty(room), np.empty(room)
+    levels, segments = layout.shape[:2]
+    high_at, codes_at = LOW + segments, LOW + 2 * segments
+    probs_at = codes_at + levels
+    reals, next_reals = rows.view(np.float64), next_rows.view(np.float64)
+    keep = next_rows.shape[1]
+    room = 3 * keep + 64
+    slot_score, scratch, norms = np.empty(room), np.empty(room), np.zeros(rows.shape[1])
     slot_row, order, other = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     slot_low, slot_high = np.empty((room, segments), np.int64), np.empty((room, segments), np.int64)
-    for q in range(queries):
-        next_rows[q] = _expand_query(
-            layout.tokens[level], layout.wide[level], layout.strides[level], layout.pointers[level],
-            layout.pointers_wide, level, bits[q % bits.shape[0], level],
-            low[q], high[q], score[q], codes[q], level_log_prob[q], rows[q], log_probs[q], renormalise,
-            slot_score, slot_row, slot_low, slot_high, scratch, order, other,
-            next_parent[q], next_low[q], next_high[q], next_score[q], next_codes[q], next_level_log_prob[q],
-        )  # fmt: skip
+    cursor, run_end = np.empty(segments, np.int64), np.empty(segments, np.int64)
+    one = segments == 1 and not renormalise
+    tokens, stride, flat = (
+        np.uint64(layout[level, 0, TOKENS]),
+        layout[level, 0, STRIDE],
+        layout[level, 0, POINTERS] == 0,
+    )
+    for q in range(len(live)):
+        if q + 2 < len(live):
+            _ask_for_tokens(layout[level, 0], rows[q + 2], live[q + 2])
+        if q + 1 < len(live):
+            _ask_for_scores(layout[level, 0], rows[q + 1], live[q + 1], LOW + segments, log_probs[q + 1])
+        count = live[q]
+        own_bits, own, score = bits[q % len(bits), level], log_probs[q], reals[q, :count, SCORE]
+        if one and layout[level, 0, WIDE]:
+            size = _best_of_one(
+                uint16_at(tokens), stride, flat, own_bits[0], rows[q, :count, LOW], rows[q, :count, high_at], score,
+                own, keep, slot_score, slot_row, slot_low, slot_high, scratch,
+            )  # fmt: skip
+        elif one:
+            size = _best_of_one(
+                uint8_at(tokens), stride, flat, own_bits[0], rows[q, :count, LOW], rows[q, :count, high_at], score,
+                own, keep, slot_score, slot_row, slot_low, slot_high, scratch,
+            )  # fmt: skip
+        else:
+            size = _best_joined(
+                layout, level, own_bits, rows[q, :count, LOW:high_at], rows[q, :count, high_at:codes_at], score,
+                own, renormalise, keep, norms, cursor, run_end, slot_score, slot_row, slot_low, slot_high, scratch,
+            )  # fmt: skip
+        order_best_first(slot_score, size, order, other)
+        found = min(size, keep)
+        next_live[q] = found
+        for at in range(found):
+            slot = order[at]
+            parent = slot_row[slot]
+            for word in range(codes_at, rows.shape[2]):
+                next_rows[q, at, word] = rows[q, parent, word]
+            token = np.int64(0)
+            for s in range(segments):
+                begin, end = slot_low[slot, s], slot_high[slot, s]
+                if begin < end:
+                    token = token_at(layout, level, s, begin)
+                if layout[level, s, POINTERS] != 0:
+                    begin, end = child_at(layout, level, s, begin), child_at(layout, level, s, end)
+                next_rows[q, at, LOW + s], next_rows[q, at, high_at + s] = begin, end
+            norm = norms[parent] if renormalise else 0.0
+            next_reals[q, at, SCORE] = slot_score[slot]
+            next_rows[q, at, PARENT] = parent
+            next_rows[q, at, codes_at + level] = token
+            log_prob = np.float64(own[0 if len(own) == 1 else parent, token])
+            next_reals[q, at, probs_at + level] = min(log_prob - norm, 0.0)
+        next_rows[q, found:] = 0

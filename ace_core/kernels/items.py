@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import NO_MASK, any_bit, compiled, uint64_at
+from ace_core.kernels.compiled import LOW, NO_MASK, SCORE, any_bit, compiled, uint64_at
 
 
 @compiled
@@ -20,26 +20,27 @@ def mark_parents(children, pointers, parents):
 
 
 @compiled
-def collect_query(
-    bits, leaves, low, high, score, level_log_prob, codes, segment, item, item_score, item_levels, item_codes
-):
+def collect_query(bits, leaves, live, segment, item, item_score, item_levels, item_codes):
     """:func:`collect` for one query: the same arrays without their first axis. Returns the number of items."""
     capacity, levels = item_codes.shape
+    segments = len(bits)
+    codes_at = LOW + 2 * segments
+    reals = leaves.view(np.float64)
     count = 0
-    for r in range(leaves):
-        for s in range(low.shape[1]):
+    for r in range(live):
+        for s in range(segments):
             address = bits[s]
             allowed = uint64_at(address)
-            for i in range(low[r, s], high[r, s]):
+            for i in range(leaves[r, LOW + s], leaves[r, LOW + segments + s]):
                 if count == capacity:
                     break
                 if address == NO_MASK or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
                     segment[count] = s
                     item[count] = i
-                    item_score[count] = score[r]
+                    item_score[count] = reals[r, SCORE]
                     for level in range(levels):
-                        item_levels[count, level] = level_log_prob[r, level]
-                        item_codes[count, level] = codes[r, level]
+                        item_levels[count, level] = reals[r, codes_at + levels + level]
+                        item_codes[count, level] = leaves[r, codes_at + level]
                     count += 1
     for blank in range(count, capacity):
         segment[blank] = item[blank] = 0
@@ -51,21 +52,17 @@ def collect_query(
 
 
 @compiled
-def collect(
-    bits, low, high, score, level_log_prob, codes, rows,
-    segment, item, item_score, item_levels, item_codes, found,
-):  # fmt: skip
+def collect(bits, leaves, live, segment, item, item_score, item_levels, item_codes, found):
     """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
 
     Args:
         bits: (n or 1, L, S) uint64 addresses of the bitmaps, 0 for all.
-        low, high: (n, B, S) int64 intervals of items; score: (n, B) of the leaves; level_log_prob, codes: (n, B, L);
-            rows: (n,) live leaves.
+        leaves: (n, B, W) complete rows; live: (n,) how many there are.
         segment, item: (n, C) int64 outputs; item_score, item_levels, item_codes: (n, C), (n, C, L), their leaf's; after
             the last item 0, and log-probabilities of -inf; found: (n,) int64, how many of each query.
     """
-    for q in range(low.shape[0]):
+    for q in range(len(live)):
         found[q] = collect_query(
-            bits[q % bits.shape[0], bits.shape[1] - 1], rows[q], low[q], high[q], score[q], level_log_prob[q], codes[q],
+            bits[q % bits.shape[0], bits.shape[1] - 1], leaves[q], live[q],
             segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip

@@ -29,7 +29,7 @@ def add_products(queries, vectors, scales, rows, chosen, out):
             if i + _AHEAD < count and chosen[q, i + _AHEAD]:
                 line = vectors + np.uint64(rows[q, i + _AHEAD]) * dim
                 for d in range(0, queries.shape[1], 64):
-                    prefetch(line + np.uint64(d))  # type: ignore[call-arg]
+                    prefetch(line + np.uint64(d))
             if chosen[q, i]:
                 item = np.uint64(rows[q, i])
                 vector = int8_at(vectors + item * dim)

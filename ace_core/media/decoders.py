@@ -3,10 +3,11 @@ can be given."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +29,13 @@ class OpenedMedia(Protocol):
 class _Openable:
     """What a decoder can do beside decoding one file at once."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def load(self) -> None:
+        """Import what decoding needs. That may take longer than a file may; the first call does it otherwise."""
+        for module in self.needs:
+            importlib.import_module(module)
+
     @contextmanager
     def opened(self, data: bytes) -> Iterator[OpenedMedia]:
         """The file, for as long as the block runs."""
@@ -38,6 +46,7 @@ class _Openable:
 class ImageDecoder(_Openable):
     """Pictures to (h, w, 3) uint8. ``min_side``: as in ``decode_image``; ``side``: resized to (side, side, 3)."""
 
+    needs = ("ace_core.media.image",)
     limits: LimitSettings
     min_side: int | None = None
     side: int | None = None
@@ -57,6 +66,7 @@ class ImageDecoder(_Openable):
 class AudioDecoder(_Openable):
     """Sounds to (samples,) float32, mono at ``rate`` Hz."""
 
+    needs = ("ace_core.media.audio",)
     limits: LimitSettings
     rate: int
 
@@ -79,6 +89,7 @@ class VideoDecoder(_Openable):
     ``backend``: "decord" or "pyav"; None for the preferred one of this machine.
     """
 
+    needs = ("ace_core.media.video",)
     limits: LimitSettings
     frames: int
     side: int | None = None

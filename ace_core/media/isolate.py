@@ -208,6 +208,7 @@ def main() -> None:
     """The child: answers requests on its standard streams until the parent closes them."""
     spec = json.loads(sys.argv[1])
     decoder = _KINDS[spec["kind"]](limits=LimitSettings(**spec["limits"]), **spec["fields"])
+    decoder.load()  # before the clock of the first file runs
     requests = os.fdopen(os.dup(0), "rb", _PIECE)
     replies = os.fdopen(os.dup(1), "wb", _PIECE)
     # Whatever a C library prints must not get between the replies.

@@ -1,0 +1,74 @@
+"""Beam rows: what a walk over the constraint index hands from one level to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ace_core.kernels import row_words
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
+
+    All that is known of a row lies side by side, in words of eight bytes (:mod:`ace_core.kernels.compiled`): a compiled
+    loop is handed one array instead of six, which for a beam's few children is half of its time, and a row is two or
+    three cache lines instead of six. The properties are views.
+
+    Attributes:
+        level: tokens spelled so far.
+        levels: L, segments: S.
+        live: (n,) int64, rows that exist. The rest of every array is meaningless beyond them.
+        block: (n, B, W) int64.
+    """
+
+    level: int
+    levels: int
+    segments: int
+    live: np.ndarray
+    block: np.ndarray
+
+    @classmethod
+    def blank(cls, queries: int, beam: int, *, level: int, levels: int, segments: int) -> Rows:
+        """Room for rows, none of them live; what is in it is undefined."""
+        shape = queries, beam, row_words(segments, levels)
+        return cls(level, levels, segments, np.empty(queries, np.int64), np.empty(shape, np.int64))
+
+    @property
+    def width(self) -> int:
+        """Rows of the fullest query."""
+        return int(self.live.max(initial=0))
+
+    @property
+    def score(self) -> np.ndarray:
+        """(n, B) float64, summed log-probabilities."""
+        return self.block.view(np.float64)[..., 0]
+
+    @property
+    def parent(self) -> np.ndarray:
+        """(n, B) int64, the previous row that each row continues."""
+        return self.block[..., 1]
+
+    @property
+    def low(self) -> np.ndarray:
+        """(n, B, S) int64: per segment the first of the row's children, which are numbered as nodes of level ``level``;
+        after the last level, the first of its items."""
+        return self.block[..., 2 : 2 + self.segments]
+
+    @property
+    def high(self) -> np.ndarray:
+        """(n, B, S) int64: where the interval that begins with :attr:`low` ends."""
+        return self.block[..., 2 + self.segments : 2 + 2 * self.segments]
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(n, B, L) int64, the tokens so far."""
+        begin = 2 + 2 * self.segments
+        return self.block[..., begin : begin + self.levels]
+
+    @property
+    def level_log_prob(self) -> np.ndarray:
+        """(n, B, L) float64 of the tokens so far."""
+        return self.block.view(np.float64)[..., 2 + 2 * self.segments + self.levels :]
