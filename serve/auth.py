@@ -75,6 +75,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return tuple(keys)
 
 
+def _version_of(path: Path) -> tuple[int, int, int]:
+    """Changes with the file: a clock of some milliseconds alone would miss the second of two quick writes."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def _is_digest(text: str) -> bool:
     return len(text) == 64 and all(c in "0123456789abcdefABCDEF" for c in text)
 
@@ -89,8 +95,9 @@ class KeyRing:
             SettingsError: see :func:`read_keys`.
         """
         self._path = path
+        # Before the keys: what is written in between is then read again, and not missed for ever.
+        self._version = _version_of(path) if path and path.exists() else None
         self._keys = read_keys(path) if path else ()
-        self._version = path.stat().st_mtime_ns if path else 0
         self._checked = time.monotonic()
 
     @property
@@ -143,7 +150,7 @@ class KeyRing:
             return
         self._checked = time.monotonic()
         try:
-            version = self._path.stat().st_mtime_ns
+            version = _version_of(self._path)
             if version != self._version:
                 self._keys, self._version = read_keys(self._path), version
         except (OSError, SettingsError) as e:

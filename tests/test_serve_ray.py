@@ -67,7 +67,7 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     serve_app.stop()
 
 
-def _wait_for(condition, seconds: float = 30) -> None:
+def _wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -120,10 +120,12 @@ def test_another_snapshot_is_taken_without_a_failed_or_mixed_answer(served: Serv
 
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(ask) for _ in range(3)]
-        for name, segments in (("second", ["main", "delta"]), ("first", ["main"])):
-            served.tiny.publish(name, segments)
-            _wait_for(lambda name=name: answers and answers[-1][0] == name)
-        stop.set()
+        try:
+            for name, segments in (("second", ["main", "delta"]), ("first", ["main"])):
+                served.tiny.publish(name, segments)
+                _wait_for(lambda name=name: answers and answers[-1][0] == name)
+        finally:
+            stop.set()
         for future in asking:
             future.result()
     assert set(answers) == {("first", 0), ("second", 5)}
@@ -131,9 +133,10 @@ def test_another_snapshot_is_taken_without_a_failed_or_mixed_answer(served: Serv
 
 def test_a_damaged_snapshot_is_refused_and_said(served: Served) -> None:
     served.tiny.segment("damaged", 0, 60)
-    served.tiny.publish("damaged", ["damaged"])
     path: Path = served.tiny.path / "segments" / "damaged" / "identifiers.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # before it is published: a replica looks at once
+    served.tiny.publish("damaged", ["damaged"])
     with Client(served.address) as ace:
         _wait_for(lambda: ace.snapshot().refused is not None)
         assert ace.snapshot().snapshot == "first" and ace.search("x", k=3).results[0].hits
@@ -165,7 +168,7 @@ def test_an_ingress_that_is_killed_listens_again(served: Served) -> None:
             except httpx.TransportError:
                 return False
 
-        _wait_for(another_answers, 120)
+        _wait_for(another_answers)
 
 
 def test_light_settings_change_in_place(served: Served) -> None:
@@ -180,7 +183,7 @@ def test_light_settings_change_in_place(served: Served) -> None:
         searcher.reconfigure.remote({"max_batch": 4, "batch_wait_seconds": 1.5, "watch_seconds": 0.2}).result()
         assert seconds() >= 1.5
         searcher.reconfigure.remote({"max_batch": 4, "batch_wait_seconds": 0.0, "watch_seconds": 0.2}).result()
-        assert min(seconds() for _ in range(5)) < 1.4
+        _wait_for(lambda: seconds() < 1.4)  # as none could before
         with pytest.raises(Exception, match="max_batches"):
             searcher.reconfigure.remote({"max_batches": 4}).result()
 

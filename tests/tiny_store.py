@@ -131,4 +131,6 @@ class TinyStore:
             removed=sum(len(r) for r in removed.values()),
         )
         write_snapshot(self.path / "snapshots" / snapshot_id, manifest, removed)
-        (self.path / CURRENT_NAME).write_text(json.dumps({"snapshot": snapshot_id}))
+        fresh = self.path / f".{CURRENT_NAME}.fresh"  # whole at once: replicas may read it at any time
+        fresh.write_text(json.dumps({"snapshot": snapshot_id}))
+        fresh.replace(self.path / CURRENT_NAME)
