@@ -13,6 +13,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -228,25 +229,33 @@ def run(
         )
     if Store.open(settings.store).current().snapshot is None:
         raise StoreError("nothing has been published here", where=settings.store, remedy="Run `ace publish` first.")
-    port = _free_port(chosen.host, chosen.port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
-    if not ray.is_initialized():
-        ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
-    serve.start(
-        http_options=HTTPOptions(host=chosen.host, port=port, request_timeout_s=chosen.request_seconds + 5),
-        proxy_location=ProxyLocation.HeadOnly if chosen.proxies else ProxyLocation.Disabled,
-    )
-    settings = settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})})
-    serve.run((make or assemble)(settings, node=own_node(settings)), name=APP_NAME, route_prefix="/")
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
-    address = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    _wait_until_ready(address, ready_seconds)
+    with _bound(chosen.host, chosen.port) as probe:
+        port = probe.getsockname()[1]
+        if chosen.proxies or sys.platform != "linux":
+            probe.close()  # two sockets at one port, of which one listens, are a custom of Linux
+        address = _start(settings.model_copy(update={"serve": chosen.model_copy(update={"port": port})}), make)
+        _wait_until_ready(address, ready_seconds)
     on_ready(address)
     if blocking:
         _wait_for_the_end()
         on_stop()
         stop(ray_too=settings.compute.address is None)
     return address
+
+
+def _start(settings: Settings, make: Callable[..., serve.Application] | None) -> str:
+    """Start Ray unless it runs, and the application; its address."""
+    chosen = settings.serve
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
+    if not ray.is_initialized():
+        ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
+    serve.start(
+        http_options=HTTPOptions(host=chosen.host, port=chosen.port, request_timeout_s=chosen.request_seconds + 5),
+        proxy_location=ProxyLocation.HeadOnly if chosen.proxies else ProxyLocation.Disabled,
+    )
+    serve.run((make or assemble)(settings, node=own_node(settings)), name=APP_NAME, route_prefix="/")
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(chosen.host, chosen.host)
+    return f"http://[{shown}]:{chosen.port}" if ":" in shown else f"http://{shown}:{chosen.port}"
 
 
 def own_node(settings: Settings) -> str | None:
@@ -280,23 +289,25 @@ def stop(*, ray_too: bool = False) -> None:
         serve.shutdown()
 
 
-def _free_port(host: str, port: int) -> int:
-    """``port``, or a free one for 0.
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at ``port``, or at a free one for 0, that does not listen. As long as it is open, Linux gives the port
+    to nobody who takes any, as Ray's processes do in the seconds until the ingress listens there. (It may meanwhile.)
 
     Raises:
         SettingsError: something else listens there.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as e:
-            raise SettingsError(
-                f"port {port} of {host} cannot be used ({e.strerror})",
-                where="serve.port",
-                remedy="Choose another with --set serve.port=8001, or 0 for a free one.",
-            ) from None
-        return probe.getsockname()[1]
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+    except OSError as e:
+        probe.close()
+        raise SettingsError(
+            f"port {port} of {host} cannot be used ({e.strerror})",
+            where="serve.port",
+            remedy="Choose another with --set serve.port=8001, or 0 for a free one.",
+        ) from None
+    return probe
 
 
 def _wait_until_ready(address: str, seconds: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,18 +27,15 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, out.out, out.err
 
 
-def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
-
-
 def test_help_is_fast_and_names_every_command() -> None:
     times = []
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "pipelines.cli", "--help"], capture_output=True, text=True, timeout=60
         )
-        times.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
     assert all(name in done.stdout for name in COMMANDS)
     assert "ace demo" in done.stdout
@@ -47,7 +44,7 @@ def test_help_is_fast_and_names_every_command() -> None:
     )
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
-    assert min(times) < 5  # well under a second on a quiet machine
+    assert min(times) < 3  # seconds of processor time, also where others take most of it
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "fit aligner", "fit quantizer", "fit generator", "fit all"])

@@ -90,7 +90,7 @@ def test_the_evaluation_states_its_queries_and_galleries(world: World, capsys: p
 
 
 def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["search", "a red square", "--store", world.settings.store, "-k", "3"]) == 0
+    assert cli.main(["search", "a red square", "--store", world.settings.store, "-k", "3", "-m", "image"]) == 0
     out = capsys.readouterr().out
     assert "a red square" in out and "images/" in out
     assert "file" not in out and len(re.findall(r"images/\d+\.png", out)) == 3  # the id is the path: said once

@@ -109,8 +109,10 @@ def test_ctrl_c_says_how_to_follow_and_how_to_stop() -> None:
 
 
 def test_no_cluster_there(capsys: pytest.CaptureFixture[str]) -> None:
-    port = _free_port()
-    assert cli.main(["--address", f"http://127.0.0.1:{port}", "status"]) == 2
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert cli.main(["--address", f"http://127.0.0.1:{port}", "status"]) == 2
     assert "does not take the job" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ace_core.config import ServeSettings, Settings
-from serve.app import ReplicaBackend
+from serve.app import ReplicaBackend, _bound
 from serve.calls import Options, TextCall
 from serve.http import build_http
 from serve.listen import listening
@@ -89,7 +89,11 @@ def _run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def test_it_answers_and_leaves_its_port_free(store: Path) -> None:
     async def test() -> None:
-        async with _server(store, WordBackend(str(store))) as port:
+        with _bound("127.0.0.1", 0) as kept:  # nobody else shall get the port meanwhile
+            await in_turn(kept.getsockname()[1])
+
+    async def in_turn(port: int) -> None:
+        async with _server(store, WordBackend(str(store)), port=port):
             status, body = await _ask(port, _head(len(_SEARCH)) + _SEARCH)
             assert status == 200 and json.loads(body)["results"][0]["hits"]
             # A connection that the server closes keeps the port busy for a bare bind.
