@@ -59,6 +59,24 @@ def test_media_are_found_by_suffix_and_by_their_first_bytes(tmp_path: Path) -> N
     assert rows["b.wav"]["mime"] == "audio/wav" and rows["b.wav"]["bytes"] > 1000
 
 
+def test_a_folder_that_links_lead_to_counts_once(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for picture in (corpus / "z" / "a.png", corpus / ".kept" / "b.png", other / "c.png"):
+        write_picture(picture, "red", "square")
+    (corpus / "z" / "up").symlink_to("..")  # a link back up: forty copies of everything, if it is followed
+    (corpus / "again").symlink_to("z")
+    (corpus / "kept").symlink_to(".kept")
+    (other / "back").symlink_to(corpus)
+    assert list(_by_uri(_list(corpus))) == ["kept/b.png", "z/a.png"]
+    assert "links" not in _list(corpus).summary
+    (corpus / "more").symlink_to(other)
+    (corpus / "one.png").symlink_to(other / "c.png")
+    (corpus / "two.png").symlink_to("z/a.png")
+    listing = _list(corpus)
+    assert list(_by_uri(listing)) == ["kept/b.png", "more/c.png", "one.png", "two.png", "z/a.png"]
+    assert "2 behind links that lead out of the folder" in listing.summary and "(more/c.png, ...)" in listing.summary
+
+
 def test_unusable_folders_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="does not exist") as error:
         _list(tmp_path / "nowhere")
@@ -224,8 +242,12 @@ class _Fragile:
 
     dim = 2
 
-    def decode(self, data: bytes) -> bytes:
-        return data
+    @property
+    def decoder(self) -> _Fragile:
+        return self
+
+    def wholes(self, files: list[bytes], most: float) -> list[bytes]:
+        return files
 
     def encode(self, batch: list[bytes]) -> np.ndarray:
         if b"bad" in batch:

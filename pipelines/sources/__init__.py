@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import os
+from dataclasses import replace
+from pathlib import Path
+
 from pyarrow import fs
 
 from ace_core.config import CorpusSettings
@@ -28,11 +33,14 @@ def list_corpus(settings: CorpusSettings, store: Store | None = None) -> Listing
     Raises:
         CorpusError: nothing is there, or nothing that is of use; says what to do.
     """
-    location, files = _files(settings)
+    location, files, outside = _files(settings)
     remembered = Remembered(store, location)
     listing = _source(settings, location, files, remembered).find()
     remembered.forget_others()
-    return listing
+    if not outside:
+        return listing
+    said = f"{len(outside):,} behind links that lead out of the folder: searched, but never shown by the server"
+    return replace(listing, summary=f"{listing.summary}; {said} ({outside[0]}{', ...' * (len(outside) > 1)})")
 
 
 def _source(
@@ -70,8 +78,9 @@ def _source(
     return FolderSource(location, files, settings)
 
 
-def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo]]:
-    """The corpus folder and its files by relative name, sorted; of a shard or table by itself, the folder it is in."""
+def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo], list[str]]:
+    """The corpus folder and its files by relative name, sorted; of a shard or table by itself, the folder it is in.
+    Last, the media among the files that lie outside of the folder, behind a link."""
     location = open_location(settings.path)
     try:
         root = location.filesystem.get_file_info(location.root)
@@ -88,8 +97,8 @@ def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo]]:
                     where=location.uri,
                     remedy=f"Give a folder, a {SHARD_SUFFIX}, or a table ({', '.join(TABLE_SUFFIXES)}).",
                 )
-            return _folder_of(location), {root.base_name: root}
-        found = location.filesystem.get_file_info(fs.FileSelector(location.root, recursive=True))
+            return _folder_of(location), {root.base_name: root}, []
+        found, outside = _below(location, hidden=settings.listed_only)
     except OSError as e:
         raise CorpusError(
             f"the corpus folder cannot be listed ({e})",
@@ -100,7 +109,43 @@ def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo]]:
     files = {name: named[name] for name in sorted(named) if settings.listed_only or not _hidden(name)}
     if not files:
         raise CorpusError("the corpus folder is empty", where=location.uri, remedy="Put images, audio or video in it.")
-    return location, files
+    return location, files, [name for name, info in files.items() if info.path in outside and modality_of(name)]
+
+
+def _below(location: Location, *, hidden: bool) -> tuple[list[fs.FileInfo], set[str]]:
+    """All that is below a location, and the paths of those files that a link leads out of it for.
+
+    On a disk every folder counts once, by its own name before any link's: a link back up would repeat the corpus forty
+    times over, one to a neighbour show its files twice.
+
+    Args:
+        hidden: also what is in folders whose name starts with ``.`` or ``_``.
+    """
+    if location.local is None:
+        return location.filesystem.get_file_info(fs.FileSelector(location.root, recursive=True)), set()
+    root = location.local.resolve()
+    found: list[fs.FileInfo] = []
+    outside: set[str] = set()
+    seen: set[Path] = set()
+    waiting = [(False, location.root)]  # links last, each kind by name
+    while waiting:
+        linked, folder = heapq.heappop(waiting)
+        place = Path(folder).resolve()
+        if place in seen:
+            continue
+        seen.add(place)
+        with os.scandir(folder) as entries:
+            links = {entry.name for entry in entries if entry.is_symlink()}
+        for info in location.filesystem.get_file_info(fs.FileSelector(folder)):
+            by_link = info.base_name in links
+            if info.type == fs.FileType.File:
+                found.append(info)
+                file = Path(info.path).resolve() if by_link else place
+                if (linked or by_link) and not file.is_relative_to(root):
+                    outside.add(info.path)
+            elif info.type == fs.FileType.Directory and (hidden or not _hidden(info.base_name)):
+                heapq.heappush(waiting, (linked or by_link, info.path))
+    return found, outside
 
 
 def _hidden(name: str) -> bool:
