@@ -329,6 +329,13 @@ class Settings(Section):
             )
         if self.serve.max_replicas < self.serve.replicas:
             raise ValueError("serve.max_replicas is below serve.replicas")
+        for name in EncoderSettings.model_fields:
+            encoder = getattr(self.encoders, name)
+            if encoder.path is not None and encoder.kind != "transformers":
+                raise ValueError(
+                    f"encoders.{name}.path is set, and encoders.{name}.kind is {encoder.kind}, which reads none: "
+                    f"set encoders.{name}.kind=transformers too"
+                )
         return self
 
 
@@ -342,7 +349,6 @@ def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()
         SettingsError: the file is missing or malformed, or a key or value is refused; names the nearest key.
     """
     raw: dict[str, Any] = {}
-    where = "settings" if path is None else str(path)
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text())
@@ -372,7 +378,7 @@ def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()
     try:
         return _absolute(Settings.model_validate(_over(Settings().model_dump(), raw)))
     except ValidationError as e:
-        raise _readable(e, where) from None
+        raise _readable(e, path, overrides) from None
 
 
 def _absolute(settings: Settings) -> Settings:
@@ -411,16 +417,19 @@ def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _readable(error: ValidationError, where: str) -> SettingsError:
+def _readable(error: ValidationError, path: Path | None, overrides: tuple[Override, ...]) -> SettingsError:
     first = error.errors()[0]
     location = ".".join(str(p) for p in first["loc"])
+    given = [key for key in (override.partition("=")[0].strip() for override in overrides) if location]
+    from_override = any(f"{location}.".startswith(f"{key}.") or key.startswith(f"{location}.") for key in given)
+    where = "--set" if from_override else path or "settings"
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.75)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
         return SettingsError(f"unknown setting {location!r}", where=where, remedy=hint)
-    found = f"{location}: {first['msg']}" if location else first["msg"]
-    return SettingsError(f"{found} (found {first['input']!r})" if location else found, where=where)
+    message = first["msg"].removeprefix("Value error, ")
+    return SettingsError(f"{location}: {message} (found {first['input']!r})" if location else message, where=where)
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -114,7 +114,7 @@ def test_settings_come_from_the_file_here_and_the_command_line_wins(
 
 
 def test_printed_settings_read_back_equal(tmp_path: Path) -> None:
-    changed = load_settings(None, ("split.held_out=[a, b]", "encoders.text.path='a: # b'", "serve.port=0"))
+    changed = load_settings(None, ("split.held_out=[a, b]", "corpus.captions='a: # b'", "serve.port=0"))
     for settings in (load_settings(), changed):
         (tmp_path / "all.yaml").write_text(describe_settings(settings))
         assert load_settings(tmp_path / "all.yaml") == settings

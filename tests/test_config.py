@@ -18,8 +18,12 @@ def test_defaults_need_no_file() -> None:
 def test_relative_folders_become_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip").mkdir()
-    changes = ("store=here", "corpus.path=s3://bucket/media", "serve.keys_file=keys", "encoders.text.path=clip")
-    settings = load_settings(None, (*changes, "encoders.image.path=openai/clip"))
+    changes = ("store=here", "corpus.path=s3://bucket/media", "serve.keys_file=keys")
+    encoders = (
+        "encoders.text={kind: transformers, path: clip}",
+        "encoders.image={kind: transformers, path: openai/clip}",
+    )
+    settings = load_settings(None, (*changes, *encoders))
     assert settings.store == str(tmp_path / "here") and settings.corpus.path == "s3://bucket/media"
     assert settings.serve.keys_file == str(tmp_path / "keys")
     assert settings.encoders.text.path == str(tmp_path / "clip") and settings.encoders.image.path == "openai/clip"
@@ -49,6 +53,8 @@ def test_empty_file_is_defaults(tmp_path: Path) -> None:
         ("quantizer.coarse=many", "quantizer.coarse"),
         ("generator.width=30", "not a multiple"),
         ("serve.replicas=4", "max_replicas"),
+        ("encoders.image.path=openai/clip", "encoders.image.kind=transformers too"),
+        ("encoders.text.path=some/model", "kind is minilm"),
         ("store.path=x", "store"),
         ("nonsense", "section.key=value"),
         ("quantizer.coarse=[", "not YAML"),
@@ -67,6 +73,19 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SettingsError, match=says):
             load_settings(tmp_path / "bad.yaml")
+
+
+def test_an_error_is_located_where_the_value_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "ace.yaml"
+    path.write_text("quantizer: {coarse: 1}\n")
+    with pytest.raises(SettingsError, match="greater than or equal to 2") as failure:
+        load_settings(path, ("quantizer.fine_levels=2",))
+    assert failure.value.where == str(path)
+    path.write_text("quantizer: {fine_levels: 2}\n")
+    for wrong in ("quantizer.coarse=1", "quantizer.corse=8", "quantizer=x"):
+        with pytest.raises(SettingsError) as failure:
+            load_settings(path, (wrong,))
+        assert failure.value.where == "--set"
 
 
 def test_settings_are_frozen() -> None:
