@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +23,11 @@ from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality, content_hash
 from ace_core.media.causes import Cause
+from ace_core.media.isolate import PIECE
 from ace_core.media.segments import SLACK, cut
 from ace_store import ItemReader, open_location
 
+_File = tuple[int, str, int]  # row, uri, bytes
 Span = tuple[float, float] | None  # start and end of a segment in seconds; None for a whole file
 _TOGETHER = {"cpu": 32, "cuda": 256}  # files, where the encoder chooses its own batch
 _SEGMENTS = 16  # of one file that are decoded before they are encoded
@@ -131,6 +134,7 @@ class EncodeItems:
         self._overlap = segments.overlap if segments else 0.0
         self._segment_seconds = segments.seconds(modality) if segments else 0.0
         self._known = known or KnownEmbeddings()
+        self._threads = threads
         # A thread of its own would cost a short sound a twentieth of its time.
         self._map = map if threads == 1 else ThreadPoolExecutor(threads).map
         self._encoding = threading.Lock()
@@ -149,8 +153,8 @@ class EncodeItems:
         files = list(zip(batch["row"].tolist(), batch["uri"], batch["bytes"]))
         loaded: list[_Loaded] = []
         for first in range(0, len(files), self._together):  # what is decoded waits in memory
-            of_files = self._map(self._load, *zip(*files[first : first + self._together]))
-            group = [one for of_file in of_files for one in of_file]
+            asked = questions(files[first : first + self._together], self._threads)
+            group = [one for loaded_together in self._map(self._load, asked) for one in loaded_together]
             self._encode([one for one in group if one.decoded is not None])
             loaded += group
         embeddings = np.zeros((len(loaded), self._encoder.dim), np.float16)
@@ -183,31 +187,46 @@ class EncodeItems:
             "embedding": np.zeros((count, 0), np.float16),
         }
 
-    def _load(self, row: int, uri: str, size: int) -> list[_Loaded]:
-        """A file decoded; the segments of a long one, decoded and encoded; or why not."""
-        whole = _Loaded(row)
-        try:
-            if size > self._limits.max_bytes:  # known from the listing: not worth reading
-                raise MediaError("too-large", f"the file has {size:,} bytes, the limit is {self._limits.max_bytes:,}")
-            data = self._read(uri)
-            whole.content_hash = content_hash(data)
-            if known := self._known.get(whole.content_hash):
-                return [replace(whole, span=s, embedding=known[s], reused=True) for s in sorted(known, key=_start)]
-            if self._segment_seconds:
-                return self._parts(whole, data)
-            whole.decoded = self._encoder.decode(data)
-        except Exception as e:  # whatever a file makes a decoder do, it is that file's row and nobody else's
-            whole.fail(e)
-        return [whole]
+    def _load(self, files: list[_File]) -> list[_Loaded]:
+        """Files decoded, with one question to the decoder; the segments of long ones, decoded and encoded; or why
+        not."""
+        loaded: list[list[_Loaded]] = []  # of each file
+        asked: list[tuple[int, bytes]] = []
+        for number, (row, uri, size) in enumerate(files):
+            whole = _Loaded(row)
+            loaded.append([whole])
+            try:
+                if size > self._limits.max_bytes:  # known from the listing: not worth reading
+                    limit = self._limits.max_bytes
+                    raise MediaError("too-large", f"the file has {size:,} bytes, the limit is {limit:,}")
+                data = self._read(uri)
+                whole.content_hash = content_hash(data)
+                if known := self._known.get(whole.content_hash):
+                    spans = sorted(known, key=_start)
+                    loaded[number] = [replace(whole, span=s, embedding=known[s], reused=True) for s in spans]
+                else:
+                    asked.append((number, data))
+            except Exception as e:  # whatever a file makes us do, it is that file's row and nobody else's
+                whole.fail(e)
+        most = SLACK * self._segment_seconds if self._segment_seconds else math.inf
+        answers = self._encoder.decoder.wholes([data for _, data in asked], most)
+        for (number, data), answer in zip(asked, answers):
+            (whole,) = loaded[number]
+            if isinstance(answer, Exception):
+                whole.fail(answer)
+            elif isinstance(answer, float):
+                try:
+                    loaded[number] = self._parts(whole, data, answer)
+                except Exception as e:
+                    whole.fail(e)
+            else:
+                whole.decoded = answer
+        return [one for of_file in loaded for one in of_file]
 
-    def _parts(self, whole: _Loaded, data: bytes) -> list[_Loaded]:
+    def _parts(self, whole: _Loaded, data: bytes, seconds: float) -> list[_Loaded]:
+        spans = cut(seconds, self._segment_seconds, self._overlap)
+        parts: list[_Loaded] = []
         with self._encoder.decoder.opened(data) as media:
-            decoded = media.whole(SLACK * self._segment_seconds)
-            if not isinstance(decoded, float):
-                whole.decoded = decoded
-                return [whole]
-            spans = cut(decoded, self._segment_seconds, self._overlap)
-            parts: list[_Loaded] = []
             for first in range(0, len(spans), _SEGMENTS):  # encoded as they come: hours of it would fill the memory
                 group = [replace(whole, span=span) for span in spans[first : first + _SEGMENTS]]
                 for one in group:
@@ -260,6 +279,20 @@ class EncodeItems:
             if one.embedding is not None and not (np.isfinite(one.embedding).all() and one.embedding.any()):
                 one.embedding = None
                 one.fail(MediaError("no-content", "the encoder finds nothing in it (its vector is zero or not finite)"))
+
+
+def questions(files: list[_File], threads: int) -> Iterator[list[_File]]:
+    """Files, in order, in groups that a decoder is asked about at once: some for every thread, none of many bytes."""
+    most = -(-len(files) // threads)
+    group: list[_File] = []
+    size = 0
+    for file in files:
+        if group and (len(group) == most or size + file[2] > PIECE):
+            yield group
+            group, size = [], 0
+        group.append(file)
+        size += file[2]
+    yield group
 
 
 def _out_of_memory(error: Exception) -> bool:

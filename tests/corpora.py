@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import pytest
 import soundfile
 from PIL import Image
 
@@ -98,3 +101,34 @@ def sample(key: str, media: bytes, suffix: str, caption: str, **more: object) ->
     """Members of one webdataset sample."""
     said = {"caption": caption, "key": key, "status": "success", "error_message": None, **more}
     return [(f"{key}.{suffix}", media), (f"{key}.txt", caption.encode()), (f"{key}.json", json.dumps(said).encode())]
+
+
+FATAL = {b"dies": "crashed", b"hangs": "timeout"}  # files that :func:`fatal_decoders` do not survive, and their causes
+
+_CHILD = """
+import os, signal, time
+from ace_core.media import decoders, isolate
+
+whole = decoders.AudioDecoder.whole
+
+def fatal(self, data, most):
+    if data == b"dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if data == b"hangs":
+        time.sleep(1000)
+    return whole(self, data, most)
+
+decoders.AudioDecoder.whole = fatal
+isolate.main()
+"""
+
+
+def fatal_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sounds are decoded in child processes that die, or hang, on the files of ``FATAL``."""
+    start = subprocess.Popen
+
+    def popen(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "ace_core.media.isolate"]
+        return start([command[0], "-c", _CHILD, command[3]], **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)

@@ -21,12 +21,13 @@ from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings,
 from ace_core.errors import AceError, CorpusError
 from ace_core.features import read_errors, read_features
 from ace_core.items import Modality
+from ace_core.media.isolate import PIECE
 from ace_store import Store
 from pipelines.captions import read_captions
-from pipelines.encode import EncodeItems, KnownEmbeddings
+from pipelines.encode import EncodeItems, KnownEmbeddings, questions
 from pipelines.progress import Reporter
 from pipelines.sources import Listing, list_corpus
-from tests.corpora import write_clip, write_mixed_corpus, write_picture, write_tone
+from tests.corpora import FATAL, fatal_decoders, write_clip, write_mixed_corpus, write_picture, write_tone
 
 LIMITS = LimitSettings()
 AUDIO = MediaEncoderSettings(kind="log-mel", batch_size=4)
@@ -228,6 +229,39 @@ def test_a_bad_file_is_a_row_and_its_neighbours_are_unharmed(tmp_path: Path) -> 
     np.testing.assert_allclose(np.linalg.norm(result["embedding"][[1, 4]].astype(np.float32), axis=1), 1, atol=2e-3)
     assert not result["embedding"][[0, 2, 3]].any()
     assert result["content_hash"][1] != result["content_hash"][4]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_file_that_kills_its_decoder_costs_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Short files are decoded together; those around one that crashes or hangs the decoder are encoded all the same."""
+    names = [f"{number:02d}.wav" for number in range(12)]
+    for number, name in enumerate(names):
+        write_tone(tmp_path / name, 300 + 50 * number, seconds=0.3)
+    want = _encode(tmp_path, names)
+    fatal_decoders(monkeypatch)
+    causes = np.full(12, "", object)
+    for number, data in ((2, b"dies"), (5, b"hangs"), (6, b"dies"), (11, b"dies")):
+        (tmp_path / names[number]).write_bytes(data)
+        causes[number] = FATAL[data]
+    encoder = AUDIO.model_copy(update={"batch_size": 12})
+    limits = LimitSettings(decode_seconds=2.0)
+    transform = EncodeItems(Modality.AUDIO, encoder, limits, str(tmp_path), threads=threads, device="cpu")
+    result = transform({"row": np.arange(12), "uri": np.array(names), "bytes": np.full(12, 5000)})
+    assert result["row"].tolist() == list(range(12))
+    assert result["cause"].tolist() == causes.tolist()
+    good = causes == ""
+    np.testing.assert_array_equal(result["embedding"][good], want["embedding"][good])
+    assert not result["embedding"][~good].any()
+
+
+def test_short_files_are_decoded_together_and_long_ones_alone() -> None:
+    sizes = [100, 200, PIECE, 300, 2 * PIECE, PIECE - 500, 500, 1]
+    files = [(row, f"{row}", size) for row, size in enumerate(sizes)]
+    for threads, groups in ((1, [[0, 1], [2], [3], [4], [5, 6], [7]]), (8, [[row] for row in range(8)])):
+        assert [[row for row, _, _ in group] for group in questions(files, threads)] == groups
+    assert [len(group) for group in questions(files[:2] * 50, 4)] == [25] * 4
 
 
 def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ace_core.errors import MediaError
 from ace_core.media import Cause
 from ace_core.media.decoders import AudioDecoder, ImageDecoder
 from ace_core.media.isolate import IsolatedDecoder, guarded
+from tests.corpora import fatal_decoders
 
 
 def png(level: int = 90, side: int = 40) -> bytes:
@@ -106,6 +107,20 @@ def test_a_hang_ends_at_the_limit() -> None:
     assert error.value.cause == Cause.TIMEOUT and "decode_seconds" in str(error.value)
     assert time.monotonic() - began < 60
     assert len(isolated(wav(0.1))) > 0
+
+
+def test_of_files_asked_about_together_a_bad_one_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before and behind it is decoded, and every file has the whole time limit for itself."""
+    fatal_decoders(monkeypatch)
+    isolated = IsolatedDecoder(AudioDecoder(LimitSettings(decode_seconds=2.0), 16_000))
+    files = [wav(0.1), b"dies", wav(0.2), b"junk", wav(9.0), b"hangs", b"dies", wav(0.3), b"dies"]
+    answers = isolated.wholes(files, 5.0)
+    assert [len(answers[i]) for i in (0, 2, 7)] == [1600, 3200, 4800]  # type: ignore[arg-type]
+    assert answers[4] == 9.0
+    causes = [a.cause for a in answers if isinstance(a, MediaError)]
+    assert causes == [Cause.CRASHED, Cause.NOT_AUDIO, Cause.TIMEOUT, Cause.CRASHED, Cause.CRASHED]
+    assert "SIGSEGV" in str(answers[1]) and "limits.decode_seconds" in str(answers[5])
+    assert isolated.wholes([], 5.0) == []
 
 
 def test_threads_have_children_of_their_own() -> None:

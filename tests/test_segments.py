@@ -83,19 +83,21 @@ def test_segments_cover_the_recording_and_keep_their_places_when_it_grows() -> N
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_an_opened_file_is_decoded_whole_unless_it_is_long_and_in_parts(isolate: bool) -> None:
+def test_a_file_is_decoded_whole_unless_it_is_long_and_in_parts_once_opened(isolate: bool) -> None:
     sound, film = _flac(_melody(300, 500, 800)), _film([(0, 2), (1, 2)])
     for decoder, data, seconds in (
         (AudioDecoder(LIMITS, 8000), sound, 6.0), (VideoDecoder(LIMITS, 2, 32), film, 4.0),
     ):  # fmt: skip
-        with (IsolatedDecoder(decoder) if isolate else decoder).opened(data) as media:
-            assert media.whole(seconds - 0.2) == pytest.approx(seconds, abs=0.11)
-            np.testing.assert_array_equal(media.whole(seconds + 0.2), decoder(data))
+        guarded = IsolatedDecoder(decoder) if isolate else decoder
+        long, junk = guarded.wholes([data, b"junk"], seconds - 0.2)
+        assert long == pytest.approx(seconds, abs=0.11) and isinstance(junk, MediaError)
+        np.testing.assert_array_equal(guarded.wholes([data], seconds + 0.2)[0], decoder(data))
+        with guarded.opened(data) as media:
             for start, end in ((0.0, 2.0), (2.0, 4.0), (1.0, 3.0)):
                 np.testing.assert_array_equal(media.part(start, end), decoder(data, start, end))
             np.testing.assert_array_equal(media.part(), decoder(data))
-        with pytest.raises(MediaError), decoder.opened(b"junk") as media:
-            media.whole(1.0)
+        with pytest.raises(MediaError), guarded.opened(b"junk") as media:
+            media.part(0.0, 1.0)
 
 
 def test_a_child_that_dies_within_a_file_costs_one_part() -> None:
@@ -254,8 +256,12 @@ class _Counting:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def decode(self, data: bytes) -> bytes:
-        return data
+    @property
+    def decoder(self) -> _Counting:
+        return self
+
+    def wholes(self, files: list[bytes], most: float) -> list[bytes]:
+        return files
 
     def encode(self, batch: list[bytes]) -> np.ndarray:
         self.sizes.append(len(batch))

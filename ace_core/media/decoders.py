@@ -4,7 +4,7 @@ can be given."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -13,20 +13,18 @@ import numpy as np
 
 from ace_core.config import LimitSettings
 
+Answer = np.ndarray | float | Exception  # a file decoded; how many seconds it lasts; or why it is neither
+
 
 class OpenedMedia(Protocol):
-    """A file of which several things are asked."""
-
-    def whole(self, most: float) -> np.ndarray | float:
-        """The file decoded; of one that says it lasts longer than ``most`` seconds, how long it lasts."""
-        ...
+    """A file of which several parts are asked."""
 
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
         """The file, or its part from ``start`` to ``end`` seconds, decoded."""
         ...
 
 
-class _Openable:
+class _Files:
     """What a decoder can do beside decoding one file at once."""
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -36,6 +34,17 @@ class _Openable:
         for module in self.needs:
             importlib.import_module(module)
 
+    def wholes(self, files: Sequence[bytes], most: float) -> list[Answer]:
+        """Each of n files decoded; of one that says it lasts longer than ``most`` seconds, how long it lasts; of one
+        that cannot be decoded, the error."""
+        answers: list[Answer] = []
+        for data in files:
+            try:
+                answers.append(self.whole(data, most))  # type: ignore[attr-defined]
+            except Exception as e:  # this file's, and no other's
+                answers.append(e)
+        return answers
+
     @contextmanager
     def opened(self, data: bytes) -> Iterator[OpenedMedia]:
         """The file, for as long as the block runs."""
@@ -43,7 +52,7 @@ class _Openable:
 
 
 @dataclass(frozen=True)
-class ImageDecoder(_Openable):
+class ImageDecoder(_Files):
     """Pictures to (h, w, 3) uint8. ``min_side``: as in ``decode_image``; ``side``: resized to (side, side, 3)."""
 
     needs = ("ace_core.media.image",)
@@ -58,12 +67,12 @@ class ImageDecoder(_Openable):
         return picture if self.side is None else resized(picture, self.side, self.side)
 
     def whole(self, data: bytes, most: float) -> np.ndarray | float:
-        """As :meth:`OpenedMedia.whole`; pictures do not last."""
+        """The picture: pictures do not last."""
         return self(data)
 
 
 @dataclass(frozen=True)
-class AudioDecoder(_Openable):
+class AudioDecoder(_Files):
     """Sounds to (samples,) float32, mono at ``rate`` Hz."""
 
     needs = ("ace_core.media.audio",)
@@ -76,14 +85,14 @@ class AudioDecoder(_Openable):
         return decode_audio(data, self.limits, self.rate, start, end)
 
     def whole(self, data: bytes, most: float) -> np.ndarray | float:
-        """As :meth:`OpenedMedia.whole`."""
+        """The file decoded, or how long it lasts where it says that this is longer than ``most`` seconds."""
         from ace_core.media.audio import whole_audio
 
         return whole_audio(data, self.limits, self.rate, most)
 
 
 @dataclass(frozen=True)
-class VideoDecoder(_Openable):
+class VideoDecoder(_Files):
     """Videos to (frames, h, w, 3) uint8, resized to ``side`` x ``side`` pixels if that is given.
 
     ``backend``: "decord" or "pyav"; None for the preferred one of this machine.
@@ -103,7 +112,7 @@ class VideoDecoder(_Openable):
         return clip.frames
 
     def whole(self, data: bytes, most: float) -> np.ndarray | float:
-        """As :meth:`OpenedMedia.whole`."""
+        """The file decoded, or how long it lasts where it says that this is longer than ``most`` seconds."""
         from ace_core.media.video import whole_video
 
         clip = whole_video(data, self.limits, self.frames, self.side, most, self.backend, self.sampling)
@@ -119,9 +128,6 @@ class _Opened:
 
     decoder: Decoder
     data: bytes
-
-    def whole(self, most: float) -> np.ndarray | float:
-        return self.decoder.whole(self.data, most)
 
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
         return self.decoder(self.data, start, end)

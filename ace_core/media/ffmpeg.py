@@ -144,14 +144,15 @@ def sound_blocks(
     container = open_container(data, Cause.NOT_AUDIO)
     try:
         stream = _sound_stream(container)
+        total = _sound_seconds(container, stream)
+        check_seconds((total if end is None else min(end, total or end)) - start, limits)
+        if is_cut_short(data):
+            raise MediaError(
+                Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again."
+            )
     except MediaError:
         container.close()
         raise
-    total = _sound_seconds(container, stream)
-    check_seconds((total if end is None else min(end, total or end)) - start, limits)
-    if is_cut_short(data):
-        container.close()
-        raise MediaError(Cause.TRUNCATED, "the file ends before its header says", remedy="Copy it to the corpus again.")
     return stream.rate, total, _sound(container, start, end, limits)
 
 

@@ -4,7 +4,8 @@ Media decoders are C code that reads what strangers made; decord 0.6, for one, d
 damaged MP4 files. A child stays for many files (starting one costs as much as decoding hundreds of pictures), is
 killed by its own alarm when a file takes too long, and is replaced when it died.
 
-The two speak over pipes, lengths before bytes; no pickles.
+The two speak over pipes, lengths before bytes; no pickles. A question may be about several files: then the answers come
+one by one, so that the first file without one is the one that the child died on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,13 +30,14 @@ import numpy as np
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.media.causes import Cause
-from ace_core.media.decoders import AudioDecoder, Decoder, ImageDecoder, OpenedMedia, VideoDecoder
+from ace_core.media.decoders import Answer, AudioDecoder, Decoder, ImageDecoder, OpenedMedia, VideoDecoder
 
 _KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDecoder)}
-_REQUEST = struct.Struct("<QBdd")  # bytes of the file, what is asked, two numbers of seconds (NaN for none)
-_SAME = 2**64 - 1  # in place of the bytes: the file is the one before
+# How many files follow (0: it is about the one before), what is asked, two numbers of seconds (NaN for none).
+_REQUEST = struct.Struct("<QBdd")
+_LENGTH = struct.Struct("<Q")  # bytes of a file; those of all files come before the files
 _PART, _WHOLE = range(2)  # what is asked: the part from .. to .., or the file unless it lasts longer than ..
-_PIECE = 1 << 20  # bytes that pass in one piece: a question or an answer is one switch between the two processes
+PIECE = 1 << 20  # bytes that pass in one piece: a question of so many is one switch to the other process
 _REPLY = struct.Struct("<QQ")  # bytes of the JSON header, bytes of the array
 
 
@@ -71,40 +73,63 @@ class IsolatedDecoder:
             yield media
         finally:
             if media.child is not None:
-                with self._lock:
-                    self._idle.append(media.child)
+                self._give_back(media.child)
 
-    def ask(self, media: _OpenedInChild, asked: int, first: float | None, last: float | None) -> np.ndarray | float:
-        """One question about an opened file, with its two numbers of seconds; after a child died on one, the next goes
-        to another child.
+    def wholes(self, files: Sequence[bytes], most: float) -> list[Answer]:
+        """As the decoder's own, in one question: short files cost a switch between two processes together. One on
+        which the child dies is ``timeout`` or ``crashed``, and those behind it go to another child."""
+        answers: list[Answer] = []
+        while len(answers) < len(files):
+            child = self._take() or self._start()
+            began = time.monotonic()
+            try:
+                _send(child, files[len(answers) :], _WHOLE, most, None)
+                while len(answers) < len(files):
+                    began = time.monotonic()
+                    answers.append(_answer(child))
+            except (OSError, EOFError, ValueError):
+                answers.append(self._why_dead(child, began))
+            except BaseException:  # interrupted between question and answer: this child's pipe is out of step
+                _end(child)
+                raise
+            else:
+                self._give_back(child)
+        return answers
+
+    def part(self, media: _OpenedInChild, start: float | None, end: float | None) -> np.ndarray:
+        """A part of an opened file; after a child died on one, the next goes to another child.
 
         Raises:
             MediaError: ``timeout``, ``crashed``, or what the decoder raises.
         """
-        data = media.data if media.child is None else None
+        files = [media.data] if media.child is None else []
         child, media.child = media.child or self._take() or self._start(), None
         began = time.monotonic()
         try:
-            header, body = _ask(child, data, asked, first, last)
+            _send(child, files, _PART, start, end)
+            answer = _answer(child)
         except (OSError, EOFError, ValueError):
-            seconds = time.monotonic() - began
-            code = _end(child)
-            if code == -signal.SIGALRM or seconds >= self._seconds:
-                raise MediaError(
-                    Cause.TIMEOUT,
-                    f"decoding took more than {self._seconds:g} s",
-                    remedy="Raise limits.decode_seconds if the file is meant to be in the corpus.",
-                ) from None
-            raise MediaError(Cause.CRASHED, f"the decoder died on it ({_name_of(code)})") from None
-        except BaseException:  # interrupted between question and answer: this child's pipe is out of step
+            raise self._why_dead(child, began) from None
+        except BaseException:
             _end(child)
             raise
         media.child = child
-        if "cause" in header:
-            raise MediaError(header["cause"], header["found"], remedy=header["remedy"])
-        if "seconds" in header:
-            return float(header["seconds"])
-        return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
+        if isinstance(answer, MediaError):
+            raise answer
+        assert isinstance(answer, np.ndarray)
+        return answer
+
+    def _why_dead(self, child: subprocess.Popen[bytes], began: float) -> MediaError:
+        """End a child that broke off, and say why it did, with what it was asked at ``began`` (monotonic seconds)."""
+        seconds = time.monotonic() - began
+        code = _end(child)
+        if code == -signal.SIGALRM or seconds >= self._seconds:
+            return MediaError(
+                Cause.TIMEOUT,
+                f"decoding took more than {self._seconds:g} s",
+                remedy="Raise limits.decode_seconds if the file is meant to be in the corpus.",
+            )
+        return MediaError(Cause.CRASHED, f"the decoder died on it ({_name_of(code)})")
 
     def close(self) -> None:
         """End the idle children."""
@@ -126,6 +151,10 @@ class IsolatedDecoder:
                 _end(child)
         return None
 
+    def _give_back(self, child: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._idle.append(child)
+
     def _start(self) -> subprocess.Popen[bytes]:
         # The child finds this package wherever the parent found it, installed or not.
         root = str(Path(__file__).parents[2])
@@ -135,8 +164,8 @@ class IsolatedDecoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pipesize=_PIECE,  # (Linux; ignored elsewhere)
-            bufsize=_PIECE,
+            pipesize=PIECE,  # (Linux; ignored elsewhere)
+            bufsize=PIECE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
 
@@ -149,26 +178,32 @@ class _OpenedInChild:
     data: bytes
     child: subprocess.Popen[bytes] | None = None
 
-    def whole(self, most: float) -> np.ndarray | float:
-        return self.owner.ask(self, _WHOLE, most, None)
-
     def part(self, start: float | None = None, end: float | None = None) -> np.ndarray:
-        decoded = self.owner.ask(self, _PART, start, end)
-        assert isinstance(decoded, np.ndarray)
-        return decoded
+        return self.owner.part(self, start, end)
 
 
-def _ask(
-    child: subprocess.Popen[bytes], data: bytes | None, asked: int, first: float | None, last: float | None
-) -> tuple[dict, memoryview]:
-    assert child.stdin is not None and child.stdout is not None
+def _send(
+    child: subprocess.Popen[bytes], files: Sequence[bytes], asked: int, first: float | None, last: float | None
+) -> None:
+    assert child.stdin is not None
     nan = math.nan
-    size = _SAME if data is None else len(data)
-    child.stdin.write(_REQUEST.pack(size, asked, nan if first is None else first, nan if last is None else last))
-    child.stdin.write(data or b"")
+    child.stdin.write(_REQUEST.pack(len(files), asked, nan if first is None else first, nan if last is None else last))
+    child.stdin.write(b"".join(_LENGTH.pack(len(data)) for data in files))
+    for data in files:
+        child.stdin.write(data)
     child.stdin.flush()
+
+
+def _answer(child: subprocess.Popen[bytes]) -> np.ndarray | float | MediaError:
+    assert child.stdout is not None
     header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
-    return json.loads(bytes(_read(child.stdout, header_length))), _read(child.stdout, body_length)
+    header = json.loads(bytes(_read(child.stdout, header_length)))
+    body = _read(child.stdout, body_length)
+    if "cause" in header:
+        return MediaError(header["cause"], header["found"], remedy=header["remedy"])
+    if "seconds" in header:
+        return float(header["seconds"])
+    return np.frombuffer(body, np.dtype(header["dtype"])).reshape(header["shape"])
 
 
 def _read(stream: IO[bytes], count: int) -> memoryview:
@@ -209,43 +244,48 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     decoder = _KINDS[spec["kind"]](limits=LimitSettings(**spec["limits"]), **spec["fields"])
     decoder.load()  # before the clock of the first file runs
-    requests = os.fdopen(os.dup(0), "rb", _PIECE)
-    replies = os.fdopen(os.dup(1), "wb", _PIECE)
+    requests = os.fdopen(os.dup(0), "rb", PIECE)
+    replies = os.fdopen(os.dup(1), "wb", PIECE)
     # Whatever a C library prints must not get between the replies.
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    data = b""
+    files: list[bytes] = []
     while True:
         try:
-            length, asked, first, last = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            data = data if length == _SAME else bytes(_read(requests, length))
+            count, asked, first, last = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            lengths = [_LENGTH.unpack(_read(requests, _LENGTH.size))[0] for _ in range(count)]
+            files = [bytes(_read(requests, length)) for length in lengths] if count else files
         except EOFError:
             return
-        # The default action ends the process even inside C code that never comes back.
-        signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
-        body = np.empty(0, np.uint8)
-        header: dict[str, Any]
-        try:
-            if asked == _WHOLE:
-                answer = decoder.whole(data, first)
-            else:
-                answer = decoder(data, None if math.isnan(first) else first, None if math.isnan(last) else last)
-            if isinstance(answer, float):
-                header = {"seconds": answer}
-            else:
-                body, header = answer, {"shape": answer.shape, "dtype": answer.dtype.str}
-        except MediaError as e:
-            header = {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}
-        except Exception as e:  # a decoder's own bug with this file
-            header = {"cause": str(Cause.CORRUPT), "found": f"{type(e).__name__}: {e}", "remedy": ""}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        text = json.dumps(header).encode()
-        replies.write(_REPLY.pack(len(text), body.nbytes))
-        replies.write(text)
-        replies.write(np.ascontiguousarray(body).data.cast("B") if body.size else b"")
-        replies.flush()
+        for data in files:
+            # The default action ends the process even inside C code that never comes back.
+            signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
+            header, body = _decoded(decoder, data, asked, first, last)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            text = json.dumps(header).encode()
+            replies.write(_REPLY.pack(len(text), body.nbytes))
+            replies.write(text)
+            replies.write(np.ascontiguousarray(body).data.cast("B") if body.size else b"")
+            replies.flush()
+
+
+def _decoded(decoder: Decoder, data: bytes, asked: int, first: float, last: float) -> tuple[dict[str, Any], np.ndarray]:
+    """Header and array of the reply about one file."""
+    nothing = np.empty(0, np.uint8)
+    try:
+        if asked == _WHOLE:
+            answer = decoder.whole(data, first)
+        else:
+            answer = decoder(data, *(None if math.isnan(seconds) else seconds for seconds in (first, last)))
+    except MediaError as e:
+        return {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}, nothing
+    except Exception as e:  # a decoder's own bug with this file
+        return {"cause": str(Cause.CORRUPT), "found": f"{type(e).__name__}: {e}", "remedy": ""}, nothing
+    if isinstance(answer, float):
+        return {"seconds": answer}, nothing
+    return {"shape": answer.shape, "dtype": answer.dtype.str}, answer
 
 
 if __name__ == "__main__":
