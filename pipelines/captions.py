@@ -24,6 +24,7 @@ PATH_COLUMNS = (
 CAPTION_COLUMNS = ("captions", "caption", "text")
 ID_COLUMN = "item_id"
 _ROWS = 1024  # rows of a table in memory at a time
+_HEADER = 1 << 16  # bytes in which a CSV file's first line is looked for
 
 
 @dataclass
@@ -131,8 +132,9 @@ def read_rows(file: pa.NativeFile, name: str, columns: Columns, chosen: list[str
         else:
             yield from _json_rows(file, name)
     except (UnicodeDecodeError, pa.ArrowException, OSError) as e:
+        quoted = ", with quotes around a text that has commas or quotes in it" if suffix == "csv" else ""
         raise CorpusError(
-            f"the table cannot be read ({e})", where=name, remedy="Save it as UTF-8 text or Parquet."
+            f"the table cannot be read ({e})", where=name, remedy=f"Save it as UTF-8 text{quoted}, or as Parquet."
         ) from None
 
 
@@ -152,11 +154,16 @@ def _json_rows(file: pa.NativeFile, name: str) -> Iterator[dict]:
 
 
 def _csv_rows(file: pa.NativeFile, columns: Columns) -> Iterator[dict]:
-    """Rows of a CSV file, with the types that all values of a column share; names and texts stay text."""
+    """Rows of a CSV file, with the types that all values of a column share; names and texts stay text.
+
+    Commas divide the columns, or what spreadsheets write in their place: semicolons, tabs."""
     as_text = dict.fromkeys((*columns.media, *columns.captions, columns.item_id), pa.string())
+    header = file.read(_HEADER).splitlines()[:1]
+    file.seek(0)
+    divider = next((d for d in ",;\t" if d.encode() in b"".join(header)), ",")
     read = csv.read_csv(
         file,
-        parse_options=csv.ParseOptions(newlines_in_values=True),
+        parse_options=csv.ParseOptions(newlines_in_values=True, delimiter=divider),
         convert_options=csv.ConvertOptions(column_types=as_text, strings_can_be_null=True),
     )
     for batch in read.to_batches(_ROWS):

@@ -21,6 +21,7 @@ from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings,
 from ace_core.errors import AceError, CorpusError
 from ace_core.features import read_errors, read_features
 from ace_core.items import Modality
+from ace_core.manifest import Manifest
 from ace_core.media.isolate import PIECE
 from ace_store import Store
 from pipelines.captions import read_captions
@@ -78,6 +79,25 @@ def test_a_folder_that_links_lead_to_counts_once(tmp_path: Path) -> None:
     assert "2 behind links that lead out of the folder" in listing.summary and "(more/c.png, ...)" in listing.summary
 
 
+def test_files_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png", "red", "square")
+    (tmp_path / "a.txt").write_text("a square")
+    assert _list(tmp_path).summary == "found 1 image, 1 of them with captions"
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "b.cr2", "noted"):
+        (tmp_path / name).write_bytes(b"x")
+    assert _list(tmp_path).summary.endswith("; files of other kinds left out (2 .heic, 1 .cr2, 1 no suffix)")
+
+
+def test_a_corpus_that_is_not_where_it_is_said_to_be_names_the_one_of_the_store(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    with store.scratch() as part:
+        store.upload_part(part, Manifest(kind="features", id="0", settings={"corpus_root": "/media/photos"}))
+    store.set_latest("features", "0")
+    with pytest.raises(CorpusError, match="does not exist") as error:
+        list_corpus(CorpusSettings(path=str(tmp_path / "corpus")), store)
+    assert "made of /media/photos" in error.value.remedy
+
+
 def test_unusable_folders_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="does not exist") as error:
         _list(tmp_path / "nowhere")
@@ -102,6 +122,26 @@ def three(tmp_path: Path) -> Path:
     for name in ("a", "b", "c"):
         write_picture(tmp_path / "pictures" / f"{name}.png", "red", "square")
     return tmp_path
+
+
+@pytest.mark.parametrize("divider", [",", ";", "\t"])
+def test_spreadsheets_divide_columns_as_they_like(three: Path, divider: str) -> None:
+    rows = [
+        ("file", "caption", "year"),
+        ("pictures/a.png", '"one; two, three"', "2001"),
+        ("pictures/b.png", "four", "7"),
+    ]
+    (three / "captions.csv").write_text("\r\n".join(divider.join(row) for row in rows), encoding="utf-8-sig")
+    found = _by_uri(_list(three))
+    assert found["pictures/a.png"]["captions"] == ["one; two, three"]
+    assert json.loads(found["pictures/b.png"]["attributes"]) == {"year": 7}
+
+
+def test_captions_in_a_column_of_another_name_are_asked_for(three: Path) -> None:
+    (three / "captions.csv").write_text("file,year,title\npictures/a.png,2001,a square\n")
+    assert "if they are in 'title', say so with corpus.caption_columns" in _list(three).summary
+    named = list_corpus(CorpusSettings(path=str(three), caption_columns=("title",)))
+    assert named.summary == "found 3 images, 1 of them with captions (captions.csv)"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

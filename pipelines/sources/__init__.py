@@ -33,7 +33,7 @@ def list_corpus(settings: CorpusSettings, store: Store | None = None) -> Listing
     Raises:
         CorpusError: nothing is there, or nothing that is of use; says what to do.
     """
-    location, files, outside = _files(settings)
+    location, files, outside = _files(settings, store)
     remembered = Remembered(store, location)
     listing = _source(settings, location, files, remembered).find()
     remembered.forget_others()
@@ -78,18 +78,20 @@ def _source(
     return FolderSource(location, files, settings)
 
 
-def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo], list[str]]:
+def _files(settings: CorpusSettings, store: Store | None) -> tuple[Location, dict[str, fs.FileInfo], list[str]]:
     """The corpus folder and its files by relative name, sorted; of a shard or table by itself, the folder it is in.
     Last, the media among the files that lie outside of the folder, behind a link."""
     location = open_location(settings.path)
     try:
         root = location.filesystem.get_file_info(location.root)
         if root.type == fs.FileType.NotFound:
-            raise CorpusError(
-                "the corpus folder does not exist",
-                where=location.uri,
-                remedy="Check corpus.path (--set corpus.path=FOLDER); `ace demo` makes a corpus to try.",
+            before = _ingested_before(store)
+            remedy = (
+                f"The store was made of {before}: say so with --set corpus.path=..., or once for all in ace.yaml."
+                if before is not None
+                else "Check corpus.path (--set corpus.path=FOLDER); `ace demo` makes a corpus to try."
             )
+            raise CorpusError("the corpus folder does not exist", where=location.uri, remedy=remedy)
         if root.type == fs.FileType.File:
             if not root.path.lower().endswith((SHARD_SUFFIX, *TABLE_SUFFIXES)):
                 raise CorpusError(
@@ -110,6 +112,13 @@ def _files(settings: CorpusSettings) -> tuple[Location, dict[str, fs.FileInfo], 
     if not files:
         raise CorpusError("the corpus folder is empty", where=location.uri, remedy="Put images, audio or video in it.")
     return location, files, [name for name, info in files.items() if info.path in outside and modality_of(name)]
+
+
+def _ingested_before(store: Store | None) -> str | None:
+    """The corpus of the store's latest features."""
+    pointer = None if store is None else store.read_json("features/LATEST")
+    manifest = None if store is None or pointer is None else store.find("features", str(pointer["id"]))
+    return None if manifest is None else manifest.settings.get("corpus_root")
 
 
 def _below(location: Location, *, hidden: bool) -> tuple[list[fs.FileInfo], set[str]]:

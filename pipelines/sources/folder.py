@@ -17,6 +17,10 @@ from ace_store import Location, open_location
 from pipelines.captions import CAPTIONS_NAMES, Columns, Described, read_captions, read_sidecar
 from pipelines.sources.listing import Found, Listing, head_of, listing, stamp_of
 
+# What lies beside media for a reason, and nobody takes for an item.
+_KNOWN_OTHERS = frozenset(
+    (".txt", ".json", ".jsonl", ".csv", ".parquet", ".tar", ".md", ".html", ".xml", ".yaml", ".db")
+)
 _READERS = 16  # sidecar files read at the same time
 
 
@@ -40,7 +44,7 @@ class FolderSource:
             CorpusError: there is none, or the captions file is of no use.
         """
         settings, found = self._settings, Found()
-        media, sniffed = self._media()
+        media, sniffed, other = self._media()
         described = self._read_sidecars(media)
         captions_name = settings.captions or next((name for name in CAPTIONS_NAMES if name in self._files), None)
         named: set[str] = set()
@@ -62,10 +66,13 @@ class FolderSource:
         said = ", {captioned} of them with captions" + (f" ({captions_name})" if captions_name else "")
         if shards := sum(name.lower().endswith(".tar") for name in self._files):
             said += f"; {shards:,} tar files left aside (corpus.format=webdataset reads those instead)"
+        if strange := Counter({suffix: n for suffix, n in other.items() if suffix not in _KNOWN_OTHERS}):
+            said += f"; files of other kinds left out ({_some(strange)})"
         return listing(self._location, [found.table()], said, where=settings.path, empty="there are no media here")
 
-    def _media(self) -> tuple[dict[str, Modality], dict[str, str]]:
-        """Modality by file, and a name with the right suffix for each file that has none."""
+    def _media(self) -> tuple[dict[str, Modality], dict[str, str], Counter[str]]:
+        """Modality by file, a name with the right suffix for each file that has none, and how many files of which other
+        suffixes there are."""
         media: dict[str, Modality] = {}
         sniffed: dict[str, str] = {}
         other: Counter[str] = Counter()
@@ -79,13 +86,13 @@ class FolderSource:
             else:
                 media[name] = modality
         if not media:
-            seen = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
+            seen = _some(other)
             raise CorpusError(
                 f"there are {len(self._files)} files here ({seen}), and none of a known kind",
                 where=self._settings.path,
                 remedy=f"ACE reads {', '.join(sorted(SUFFIXES))}.",
             )
-        return media, sniffed
+        return media, sniffed, other
 
     def _read_sidecars(self, media: Iterable[str]) -> dict[str, Described]:
         """Same-named .txt and .json files, by media file."""
@@ -164,3 +171,8 @@ class FolderSource:
             return path
         same = by_name.get(path, [])
         return same[0] if len(same) == 1 else None
+
+
+def _some(suffixes: Counter[str]) -> str:
+    """The most frequent suffixes with their counts."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))

@@ -20,7 +20,7 @@ from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import fingerprint
 from ace_store import Location, Store
-from pipelines.captions import Described
+from pipelines.captions import CAPTION_COLUMNS, Described
 
 LISTING_SCHEMA = pa.schema(
     [
@@ -35,6 +35,7 @@ LISTING_SCHEMA = pa.schema(
     ]
 )
 FOUND_SCHEMA = pa.unify_schemas([LISTING_SCHEMA, ERRORS_SCHEMA])
+_USUAL = ", ".join(CAPTION_COLUMNS)
 _REVISION = 1  # raise it when the same file is listed otherwise than before
 
 
@@ -135,7 +136,10 @@ def listing(location: Location, found: Iterable[pa.Table], described_as: str, *,
         items, twice = _without_repeated_ids(items)
         errors = pa.concat_tables([errors, twice])
     captioned = pc.sum(pc.greater(pc.list_value_length(items.column("captions")), 0)).as_py()
-    return Listing(location, items, errors, f"found {_counts(items)}{described_as.format(captioned=f'{captioned:,}')}")
+    summary = f"found {_counts(items)}{described_as.format(captioned=f'{captioned:,}')}"
+    if not captioned and (names := _texts_about(items)):
+        summary += f"; captions are looked for as {_USUAL}: if they are in {names}, say so with corpus.caption_columns"
+    return Listing(location, items, errors, summary)
 
 
 def _without_repeated_ids(items: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -150,6 +154,15 @@ def _without_repeated_ids(items: pa.Table) -> tuple[pa.Table, pa.Table]:
     others = others.append_column("cause", pa.array(["duplicate-id"] * count, pa.string()))
     detail = [f"another item already has the id {item_id!r}" for item_id in others.column("item_id").to_pylist()]
     return items.filter(keep), others.append_column("detail", pa.array(detail, pa.string())).cast(ERRORS_SCHEMA)
+
+
+def _texts_about(items: pa.Table) -> str:
+    """Names of the attributes that are texts, of the first item that has one: where captions might be."""
+    for attributes in items.column("attributes").to_pylist():
+        texts = [] if attributes == "{}" else [n for n, v in json.loads(attributes).items() if isinstance(v, str)]
+        if texts:
+            return " or ".join(map(repr, texts))
+    return ""
 
 
 def _counts(items: pa.Table) -> str:
