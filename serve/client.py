@@ -67,12 +67,14 @@ class Client:
         """Connects on the first call.
 
         Args:
+            address: where the server is; http:// where nothing else is said.
             key: API key, if the server asks for one.
             attempts: how often a call is made in all when the server is busy, restarting or away.
             timeout: seconds of one attempt.
             transport: in place of the network, for tests.
         """
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        address = address if "://" in address else f"http://{address}"
         self._http = httpx.Client(base_url=address, headers=headers, timeout=timeout, transport=transport)
         self._attempts = attempts
 
@@ -91,7 +93,7 @@ class Client:
         text: str | Sequence[str],
         *,
         k: int | None = None,
-        modality: Iterable[Modality | str] = (),
+        modality: str | Iterable[Modality | str] = (),
         filters: Mapping[str, Any] | None = None,
         mode: Mode | None = None,
         threshold: float | None = None,
@@ -111,7 +113,7 @@ class Client:
         example: str | Path,
         *,
         k: int | None = None,
-        modality: Iterable[Modality | str] = (),
+        modality: str | Iterable[Modality | str] = (),
         filters: Mapping[str, Any] | None = None,
         mode: Mode | None = None,
         threshold: float | None = None,
@@ -180,7 +182,7 @@ class Client:
 
 def _options(
     k: int | None,
-    modality: Iterable[Modality | str],
+    modality: str | Iterable[Modality | str],
     filters: Mapping[str, Any] | None,
     mode: Mode | None,
     threshold: float | None,
@@ -188,7 +190,7 @@ def _options(
 ) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         "k": k,
-        "modality": [str(m) for m in modality],
+        "modality": [modality] if isinstance(modality, str) else [str(m) for m in modality],
         "filters": dict(filters or {}),
         "mode": mode,
         "threshold": threshold,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from ace_core.items import AttributeValue, Modality
 from ace_core.query import Mode
@@ -13,6 +13,7 @@ MAX_TEXT = 1000
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
 Scalar = str | int | float | bool
+Modalities = Annotated[list[Modality], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 
 
 class Strict(BaseModel):
@@ -39,7 +40,7 @@ Filter = Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=1000)] 
 class SearchOptions(Strict):
     """What a text search and a search by example have in common."""
 
-    modality: list[Modality] = Field(default_factory=list, description="kinds to search; empty for all")
+    modality: Modalities = Field(default_factory=list, description="kinds to search (or one by itself); empty for all")
     filters: dict[str, Filter] = Field(
         default_factory=dict, max_length=32, description="attribute to value, list of values (any of), or conditions"
     )

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from ace_core.items import Modality
 from serve.client import Client, ServerError
 from tests.serving_world import WorldItem
 
@@ -41,6 +42,16 @@ def test_the_client_searches_and_retries(http: TestClient, shapes: tuple[Path, l
         item = ace.item("clips/red moves")
         assert ace.media(item) == (shapes[0] / "clips/red moves.mp4").read_bytes()
         assert ace.cluster("image-1", k=2).total == 3 and ace.snapshot().snapshot == "first"
+
+
+def test_an_address_without_a_scheme_and_one_modality_are_understood(http: TestClient) -> None:
+    with Client("ace:8000", transport=_Flaky(http)) as ace:
+        for one in ("image", Modality.IMAGE):
+            found = ace.search("red circle", k=1, modality=one).results[0].hits
+            assert found[0].modality == Modality.IMAGE
+    answer = http.post("/v1/search", json={"text": "red", "modality": "video", "k": 3})
+    assert {hit["modality"] for hit in answer.json()["results"][0]["hits"]} == {"video"}
+    assert http.post("/v1/search", json={"text": "red", "modality": "images"}).status_code == 422
 
 
 def test_the_client_gives_up_with_the_servers_words(http: TestClient) -> None:
