@@ -48,9 +48,10 @@ _FULL = {"images": 20_000, "sounds": 20_000, "clips": 2_500, "tiny": 100_000, "g
 _QUICK = {"images": 120, "sounds": 120, "clips": 12, "tiny": 120, "good": 120, "bad": len(DAMAGES)}
 
 
-def run(runs: list[list[str]], *, bare: bool = False) -> list[dict[str, Any]]:
-    """Ingestions (or bare loops) with these settings, one after the other in a process of their own."""
-    asked = json.dumps({"bare": bare, "runs": runs})
+def run(runs: list[list[str]], memory: list[bool], *, bare: bool = False) -> list[dict[str, Any]]:
+    """Ingestions (or bare loops) with these settings, one after the other in a process of their own; where ``memory``
+    says so, their peak is measured."""
+    asked = json.dumps({"bare": bare, "runs": runs, "memory": memory})
     threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local"}
     command = [sys.executable, "-m", "benchmarks.ingest_run", asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **threads})
@@ -85,6 +86,7 @@ class Part:
     runs: list[list[str]]
     figures: Callable[[list[dict[str, Any]]], dict[str, float]]
     loops: int = 0  # how many of the runs, from the first on, are also made as bare loops; their results come last
+    memory: bool = False  # whether their memory is watched, which costs time
 
 
 def whole_modality(folder: Path, name: str, count: int, encoders: int) -> list[str]:
@@ -137,7 +139,7 @@ def memory(folder: Path, count: int, encoders: int, encoder: list[str]) -> Part:
         table("memory", ("pictures", "peak MB"), [(count // 10, small / 1e6), (count, large / 1e6)])
         return {"rss_growth_tenfold": large / small}
 
-    return Part(runs, figures)
+    return Part(runs, figures, memory=True)
 
 
 def corrupt(folder: Path, good: int, bad: int, encoder: list[str]) -> Part:
@@ -201,10 +203,13 @@ def main() -> None:
         # What two parts ask for is made once. Quickly: one Ray for all of it. Otherwise each run by itself, so that
         # none inherits another's memory.
         every = list({tuple(settings): settings for part in made for settings in part.runs}.values())
+        watched = [any(settings in part.runs for part in made if part.memory) for settings in every]
         rounds = []
         for _ in range(options.rounds):
             shutil.rmtree(folder / _STORES, ignore_errors=True)  # or there would be nothing to do
-            rounds.append(run(bare, bare=True) + (run(every) if quick else [run([one])[0] for one in every]))
+            loops = run(bare, [False] * len(bare), bare=True)
+            apart = [run([one], [memory])[0] for one, memory in zip(every, watched)] if not quick else []
+            rounds.append(loops + (apart or run(every, watched)))
         fastest = [min(same, key=lambda result: result["seconds"]) for same in zip(*rounds)]
         loops, results = fastest[: len(bare)], fastest[len(bare) :]
         for part in made:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ace_core.config import Settings
+from ace_core.config import MediaEncoderSettings, Settings
 from ace_core.errors import CorpusError
 from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
@@ -39,7 +39,8 @@ from pipelines.shards import (
 from pipelines.sources import Listing, list_corpus
 
 SHOWN = 5  # bad files named in the terminal
-_AT_ONCE = {Modality.AUDIO: 4}  # groups of files that an encoder gets at once; most sounds take milliseconds
+_AT_ONCE = {"log-mel": 16}  # groups of files that a call gets of encoders that take milliseconds a file ...
+_CALL_BYTES = 8 << 20  # ... unless files of this corpus are long
 
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
@@ -146,10 +147,18 @@ def _encoded(
         (settings.limits, corpus),
         {"threads": pool.threads, "device": pool.device, "segments": settings.segments},
     )
-    at_once = {m.value: n * _AT_ONCE.get(m, 1) for m, n in together.items()}
+    at_once = {
+        one.modality.value: _files_a_call(one.files, encoders[one.modality], together[one.modality]) for one in left
+    }
     for result in map_rows(work, EncodeCorpus, pool, at_once, args, {}, lost=EncodeItems.lost):
         rows = files.take(pa.array(result["row"]))
         yield Modality(rows.column("modality")[0].as_py()), rows, result
+
+
+def _files_a_call(files: pa.Table, encoder: MediaEncoderSettings, together: int) -> int:
+    """How many files a call gets: it costs what encoding a few short sounds does."""
+    held = max(1.0, together * pc.mean(files.column("bytes")).as_py())
+    return together * max(1, min(_AT_ONCE.get(encoder.kind, 1), int(_CALL_BYTES / held)))
 
 
 def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:
