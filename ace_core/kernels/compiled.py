@@ -57,6 +57,16 @@ def _pointer(typingctx, address):
 
 
 @intrinsic
+def _trailing_zeros(typingctx, word):
+    """Below the lowest bit that is set in a uint64 other than 0."""
+
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
+
+
+@intrinsic
 def _prefetch(typingctx, address):
 
     def codegen(context, builder, signature, args):
@@ -139,3 +149,27 @@ def any_bit(words, low, high):
         if words[word] != np.uint64(0):
             return True
     return (words[last] << np.uint64(63 - ((high - 1) & 63))) != np.uint64(0)
+
+
+@compiled
+def next_bit(words, low, high):
+    """The first of bits low .. high - 1 that is set, ``high`` where none is."""
+    if low >= high:
+        return high
+    word = words[low >> 6] >> np.uint64(low & 63)
+    if word != np.uint64(0):
+        return min(low + _trailing_zeros(word), high)  # type: ignore[call-arg]
+    for at in range((low >> 6) + 1, ((high - 1) >> 6) + 1):
+        if words[at] != np.uint64(0):
+            return min((at << 6) + _trailing_zeros(words[at]), high)  # type: ignore[call-arg]
+    return high
+
+
+@compiled
+def bits_end(words, bit, high):
+    """Where a run of set bits that begins with ``bit`` ends, or is cut by the end of its word; at most ``high``."""
+    if bit >= high:
+        return high
+    beyond = ~(words[bit >> 6] >> np.uint64(bit & 63))  # what is shifted in ends a run, but for a whole word of ones
+    run = np.int64(64) if beyond == np.uint64(0) else _trailing_zeros(beyond)  # type: ignore[call-arg]
+    return min(bit + run, high)

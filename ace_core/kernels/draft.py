@@ -17,8 +17,10 @@ from ace_core.kernels.compiled import (
     STRIDE,
     TOKENS,
     WIDE,
+    bits_end,
     child_at,
     compiled,
+    next_bit,
     prefetch,
     token_at,
     uint8_at,
@@ -85,18 +87,22 @@ def _children_above(
         here = base[r]
         if here + best <= threshold:
             break
-        for i in range(np.uint64(low[r]), np.uint64(high[r])):
-            total = here + table[tokens[i]]
-            passes = total > threshold
-            if bits != NO_MASK:  # one branch for both, or either could be taken as often as not
-                passes &= (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1) != 0
-            if passes:
-                node[size] = i
-                parent[size] = r
-                score[size] = total
-                size += 1
-                if size == len(score):
-                    size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+        begin = low[r]
+        while begin < high[r]:
+            end = high[r]
+            if bits != NO_MASK:
+                begin = next_bit(allowed, begin, end)
+                end = bits_end(allowed, begin, end)
+            for i in range(np.uint64(begin), np.uint64(end)):
+                total = here + table[tokens[i]]
+                if total > threshold:
+                    node[size] = i
+                    parent[size] = r
+                    score[size] = total
+                    size += 1
+                    if size == len(score):
+                        size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+            begin = end
     return _cut_nodes(node, parent, score, size, keep, scratch)[0]
 
 
@@ -125,6 +131,57 @@ def _run_end(tokens, stride, count, item, end):
 
 
 @compiled
+def _drop_repeats(tokens, stride, count, node, parent, score, size):
+    """Of items with one identifier, which are neighbours, leave the first."""
+    left = min(size, 1)
+    for i in range(1, size):
+        equal = score[i] == score[left - 1] and parent[i] == parent[left - 1]
+        if not (equal and _same(tokens, stride, count, node[left - 1], node[i])):
+            node[left], parent[left], score[left] = node[i], parent[i], score[i]
+            left += 1
+    return left
+
+
+@compiled
+def _best_allowed_items(
+    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch
+):  # fmt: skip
+    """:func:`_best_items` of those that a filter allows: from bit to bit, whatever lies between."""
+    count = len(offsets) - 1
+    # the first three tokens are written out, here and below: a loop over so few, or a call, would take longer
+    own, second, third = table[offsets[0] :], table[offsets[min(1, count)] :], table[offsets[min(2, count)] :]
+    step = np.uint64(stride)
+    allowed = uint64_at(bits)
+    size = 0
+    threshold = -np.inf
+    for r in range(rows):
+        begin, here = low[r], base[r]
+        while begin < high[r]:
+            begin = next_bit(allowed, begin, high[r])
+            end = bits_end(allowed, begin, high[r])
+            for item in range(np.uint64(begin), np.uint64(end)):
+                at = item * step
+                total = here + own[tokens[at]]
+                if count > 1:
+                    total += second[tokens[at + np.uint64(1)]]
+                if count > 2:
+                    total += third[tokens[at + np.uint64(2)]]
+                for level in range(3, count):
+                    total += table[offsets[level] + tokens[at + np.uint64(level)]]
+                if total > threshold:
+                    node[size] = item
+                    parent[size] = r
+                    score[size] = total
+                    size += 1
+                    if size == len(score):
+                        size = _drop_repeats(tokens, stride, count, node, parent, score, size)
+                        size, threshold = _cut_nodes(node, parent, score, size, keep, scratch)
+            begin = end
+    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
+    return _cut_nodes(node, parent, score, size, keep, scratch)[0]
+
+
+@compiled
 def _best_items(
     tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, totals, highest, scratch,
 ):  # fmt: skip
@@ -133,10 +190,12 @@ def _best_items(
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
     token begin. totals, highest: room for the scores of a chunk of items, and for the highest of each row in it.
     """
+    if bits != NO_MASK:
+        return _best_allowed_items(
+            tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch
+        )
     count = len(offsets) - 1
-    # the first three tokens are written out: a loop over so few would take longer than what is in it
     own, second, third = table[offsets[0] :], table[offsets[min(1, count)] :], table[offsets[min(2, count)] :]
-    allowed = uint64_at(bits)
     step = np.uint64(stride)
     size = 0
     threshold = -np.inf
@@ -148,15 +207,14 @@ def _best_items(
             end = min(high[row], at + len(totals) - np.int64(filled))
             here, top = base[row], -np.inf
             for i in range(np.uint64(at), np.uint64(end)):
-                total = -np.inf
-                if bits == NO_MASK or (allowed[i >> np.uint64(6)] >> (i & np.uint64(63))) & np.uint64(1):
-                    total = here + own[tokens[i * step]]
-                    if count > 1:
-                        total += second[tokens[i * step + np.uint64(1)]]
-                    if count > 2:
-                        total += third[tokens[i * step + np.uint64(2)]]
-                    for level in range(3, count):
-                        total += table[offsets[level] + tokens[i * step + np.uint64(level)]]
+                at_tokens = i * step
+                total = here + own[tokens[at_tokens]]
+                if count > 1:
+                    total += second[tokens[at_tokens + np.uint64(1)]]
+                if count > 2:
+                    total += third[tokens[at_tokens + np.uint64(2)]]
+                for level in range(3, count):
+                    total += table[offsets[level] + tokens[at_tokens + np.uint64(level)]]
                 top = max(top, total)
                 totals[filled] = total
                 filled += np.uint64(1)
@@ -194,18 +252,6 @@ def _best_items(
         first, begin = row, at
     size = _drop_repeats(tokens, stride, count, node, parent, score, size)
     return _cut_nodes(node, parent, score, size, keep, scratch)[0]
-
-
-@compiled
-def _drop_repeats(tokens, stride, count, node, parent, score, size):
-    """Of items with one identifier, which are neighbours, leave the first."""
-    left = min(size, 1)
-    for i in range(1, size):
-        equal = score[i] == score[left - 1] and parent[i] == parent[left - 1]
-        if not (equal and _same(tokens, stride, count, node[left - 1], node[i])):
-            node[left], parent[left], score[left] = node[i], parent[i], score[i]
-            left += 1
-    return left
 
 
 @compiled
