@@ -66,7 +66,7 @@ class Searcher:
         prepared = [await self._engine.prepare(call) for call in calls]
         waiting = [w for w in prepared if not isinstance(w, Refusal)]
         try:
-            answers = iter(await self._batched(waiting) if waiting else ())
+            answers = iter(await (await self._batched(waiting)) if waiting else ())
         except asyncio.CancelledError:  # nobody listens any more: they need not be decoded
             for one in waiting:
                 one.cancelled = True
@@ -84,8 +84,9 @@ class Searcher:
         return self._engine.state()
 
     @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES)
-    async def _batched(self, bundles: Sequence[Sequence[Waiting]]) -> list[list[Reply | Refusal]]:
-        return await asyncio.gather(*(self._engine.answer(bundle) for bundle in bundles))
+    async def _batched(self, bundles: Sequence[Sequence[Waiting]]) -> list[asyncio.Task[list[Reply | Refusal]]]:
+        # Handed to the engine together, answered each by itself: those of another ingress may be decoded later.
+        return [asyncio.create_task(self._engine.answer(bundle)) for bundle in bundles]
 
     async def _watch(self) -> None:
         while True:
