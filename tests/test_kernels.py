@@ -9,6 +9,7 @@ from ace_core import kernels
 from ace_core.constraint import ConstraintIndex
 from ace_core.filters import ItemMask
 from ace_core.kernels import compiled
+from ace_core.kernels.compiled import bits_end, next_bit
 from ace_core.kernels.selection import nth_largest, order_best_first
 from ace_core.scoring import Codewords, Remainders
 from ace_core.walk import Walk
@@ -69,16 +70,17 @@ def test_compiled_again_when_any_file_of_the_kernels_changes():
         assert cache._version.endswith(compiled._STAMP)  # what numba compares first with what it finds
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_draft_of_more_items_than_it_looks_at_together(masked):
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("share", [None, 0.002, 0.98])
+def test_a_draft_of_more_items_than_it_looks_at_together(share, depth):
     rng = np.random.default_rng(0)
     items, sizes = 40_000, (1, 2, 8, 8, 8)  # a few hundred items share an identifier
     codes = np.stack([rng.integers(0, min(size, 4), items) for size in sizes], 1).astype(np.uint16)
     codes = codes[np.lexsort(codes.T[::-1])]
-    walk = Walk([ConstraintIndex.build(codes, sizes, depth=1)])
-    allowed = rng.random(items) < 0.002 if masked else np.ones(items, bool)
+    walk = Walk([ConstraintIndex.build(codes, sizes, depth=depth)])
+    allowed = np.ones(items, bool) if share is None else rng.random(items) < share
     log_probs = (rng.standard_normal((2, sum(sizes))) - 6).astype(np.float32)
-    found = walk.draft_items(log_probs, 20, walk.masks([ItemMask.of(allowed)] if masked else None, 2), items)
+    found = walk.draft_items(log_probs, 20, walk.masks(None if share is None else [ItemMask.of(allowed)], 2), items)
     for q in range(2):
         totals = log_probs[q].astype(np.float64)[codes + np.cumsum([0, *sizes[:-1]])].sum(1)
         least = np.unique(totals[allowed])[-20]  # no two identifiers score the same
@@ -86,3 +88,17 @@ def test_a_draft_of_more_items_than_it_looks_at_together(masked):
             np.sort(found.row[q][found.valid[q]]), np.flatnonzero(allowed & (totals >= least))
         )
         assert (np.diff(found.log_prob[q][found.valid[q]]) <= 0).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=300), st.data())
+def test_runs_of_bits(bits, data):
+    words = ItemMask.of(np.array(bits)).words
+    high = data.draw(st.integers(0, len(bits)))
+    found, at = [], next_bit(words, 0, high)
+    while at < high:
+        end = bits_end(words, at, high)
+        assert at < end
+        found += range(at, end)
+        at = next_bit(words, end, high)
+    assert found == np.flatnonzero(bits[:high]).tolist()
