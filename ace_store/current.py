@@ -42,7 +42,7 @@ def read_current(location: Location, *, damaged: bool = False) -> Current:
         try:
             with location.filesystem.open_input_stream(location.path(CURRENT_NAME)) as f:
                 body = f.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             body = None
         version = None if body is None else body.decode(errors="replace")
     if body is None:

@@ -73,7 +73,9 @@ def add_stage(
         store, features, models, [*snapshot.manifest.segments, segment], tombstones, parent=snapshot.id, note="add"
     )
     reporter.say(f"{counted(len(rows) - len(replaced), 'item')} added, {len(replaced):,} replaced")
-    drift = measure_drift(snapshot, Segment(store.local_copy("segment", segment.id), verify=False), store)
+    joining = Segment(store.local_copy("segment", segment.id), verify=False)
+    removed_now = [tombstones[s.manifest.id] for s in snapshot.segments]
+    drift = measure_drift(snapshot, joining, store, removed_now)
     reporter.say(str(drift))
     return commit(store, manifest, tombstones, seen, reporter, started, built=[segment.id])
 
@@ -107,9 +109,9 @@ def remove_stage(
     if asked.null_count:
         missing = [item_id for item_id, place in zip(ids, asked.to_pylist()) if place is None]
         raise QueryError(
-            f"{len(missing):,} of these items are not in the snapshot ({some_ids(missing)})",
+            f"{counted(len(missing), 'item')} not in the snapshot, or not any more ({some_ids(missing)})",
             where=f"snapshot {snapshot.id}",
-            remedy="Nothing was removed. Check the ids.",
+            remedy="Nothing was removed. Check the ids: `ace search` shows them, as a rule paths below the corpus.",
         )
     leaving = np.zeros(len(published), bool)
     leaving[asked.to_numpy()] = True

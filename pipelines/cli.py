@@ -264,7 +264,7 @@ def gc(
 
 @app.command()
 def search(
-    text: Annotated[str, typer.Argument(help="What to look for, in words.")],
+    words: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to look for, in words.")],
     k: Annotated[int | None, typer.Option("-k", min=1, help="Results wanted.", show_default="search.k")] = None,
     modality: Annotated[
         list[str] | None, typer.Option("--modality", "-m", help="image, audio or video; may be repeated.")
@@ -282,6 +282,7 @@ def search(
     from pipelines.search import print_hits, search_once
 
     settings, opened, reporter = context_of(config, changes, store)
+    text = " ".join(words)
     hits = search_once(settings, opened, text, k=k, modalities=modality or [], where=where or [])
     print_hits(text, hits, reporter, as_json=json_output)
 
@@ -384,9 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Wrong options: typer's own errors say what is wrong and exit with 2.
         if not hasattr(e, "format_message") or not hasattr(e, "exit_code"):
             raise
-        show_error(
-            SettingsError(e.format_message(), remedy="`ace --help`, or `ace COMMAND --help`, shows what there is.")
-        )
+        if message := e.format_message():  # none where the help itself was shown, for want of a command
+            show_error(SettingsError(message, remedy="`ace --help`, or `ace COMMAND --help`, shows what there is."))
         return int(e.exit_code)
     typer.echo("stopped; the same command goes on from here", err=True)
     return INTERRUPTED

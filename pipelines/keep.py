@@ -67,6 +67,8 @@ def status_table(store: Store) -> Table:
         for kind, held in sizes.items()
         if held
     )
+    if current is None:
+        table.caption += ". Nothing is published yet."
     return table
 
 
@@ -80,8 +82,31 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
         what was deleted (or would be), as ``kind/id``.
     """
     parts = {kind: store.parts(kind) for kind in KINDS}
+    now = datetime.now(UTC)
+    limit = now - min_age
+    doomed, young = _unneeded(store, parts, keep, limit), len(_unneeded(store, parts, keep, now))
+    freed = sum(Held.of(m).bytes for _, m in doomed)
+    for kind, manifest in doomed:
+        if not dry_run:
+            store.delete_part(kind, manifest.id)
+    left = _left_behind(store, limit)
+    for name in left:
+        if not dry_run:
+            store.delete(name)
+    verb = "would delete" if dry_run else "deleted"
+    also = f", and {counted(len(left), 'folder')} that killed runs left behind" if left else ""
+    if kept := young - len(doomed):
+        hours = min_age / timedelta(hours=1)
+        also += f"; kept for their age: {counted(kept, 'part')} younger than {hours:g} h (--min-age-hours)"
+    reporter.say(f"{verb} {counted(len(doomed), 'part')}, {freed / 1e6:,.1f} MB{also}")
+    return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
+
+
+def _unneeded(
+    store: Store, parts: dict[PartKind, list[Manifest]], keep: int, limit: datetime
+) -> list[tuple[PartKind, Manifest]]:
+    """Parts made before ``limit`` that nothing which stays needs, what needs others first."""
     current = store.current().snapshot
-    limit = datetime.now(UTC) - min_age
     needed: set[tuple[str, str]] = set()
     newest = [m.id for m in parts["snapshot"]][-keep:] if keep else []
     for manifest in parts["snapshot"]:
@@ -99,19 +124,7 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
         for manifest in parts[kind]:
             if (kind, manifest.id) in needed or _born(manifest) > limit:
                 needed |= {(kind, manifest.id), *manifest.inputs.items()}
-    doomed = [(kind, m) for kind in reversed(KINDS) for m in parts[kind] if (kind, m.id) not in needed]
-    freed = sum(Held.of(m).bytes for _, m in doomed)
-    for kind, manifest in doomed:
-        if not dry_run:
-            store.delete_part(kind, manifest.id)
-    left = _left_behind(store, limit)
-    for name in left:
-        if not dry_run:
-            store.delete(name)
-    verb = "would delete" if dry_run else "deleted"
-    also = f", and {counted(len(left), 'folder')} that killed runs left behind" if left else ""
-    reporter.say(f"{verb} {counted(len(doomed), 'part')}, {freed / 1e6:,.1f} MB{also}")
-    return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
+    return [(kind, m) for kind in reversed(KINDS) for m in parts[kind] if (kind, m.id) not in needed]
 
 
 def _left_behind(store: Store, limit: datetime) -> list[str]:

@@ -126,6 +126,8 @@ def test_what_was_removed_by_name_stays_out_until_it_changes(copy: Copy, capsys:
     said = capsys.readouterr().err
     assert f"{len(out - {'images/007.png'})} removed items kept out" in said and "`ace add --removed`" in said
     assert copy.ids() == before - out | ({"images/004.png", "images/007.png"} - green)
+    shared = float(re.findall(r"([\d.]+) % share", said)[0])
+    assert shared < 100, "an item that comes back shares its identifier with its removed self only"
     again = copy.store.current().snapshot
     assert add_stage(copy.settings, copy.store, quiet).id == again  # and the time after that
     rollback_stage(copy.store, quiet)
@@ -183,7 +185,7 @@ def test_publishing_never_forgets_what_was_removed(copy: Copy) -> None:
 
 def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
     before = copy.store.current()
-    with pytest.raises(QueryError, match=r"not in the snapshot \(nobody\)"):
+    with pytest.raises(QueryError, match=r"1 item not in the snapshot, or not any more \(nobody\)"):
         remove_stage(copy.store, Reporter(quiet=True), ids=["images/001.png", "nobody"])
     with pytest.raises(QueryError, match="nothing was said"):
         remove_stage(copy.store, Reporter(quiet=True))
@@ -223,6 +225,11 @@ def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str])
         remove_stage(copy.store, quiet, ids=[item_id])
     last = copy.store.current().snapshot
     assert gc_stage(copy.store, quiet, keep=1, min_age=timedelta(hours=1), dry_run=False) == []  # all too young
+    gc_stage(copy.store, Reporter(), keep=1, min_age=timedelta(hours=1), dry_run=False)
+    assert (
+        "deleted 0 parts, 0.0 MB; kept for their age: 3 parts younger than 1 h (--min-age-hours)"
+        in capsys.readouterr().err
+    )
     named = gc_stage(copy.store, quiet, keep=2, min_age=timedelta(0), dry_run=True)
     assert len(named) == 2 and all(name.startswith("snapshot/") for name in named) and f"snapshot/{first}" in named
     assert copy.store.find("snapshot", str(first)) is not None
@@ -281,6 +288,10 @@ def test_drift_is_measured(copy: Copy) -> None:
     assert same.balance_shift == pytest.approx(0, abs=1e-9) and same.error_ratio == pytest.approx(1 / unseen, rel=1e-3)
     assert same.collision_rate == 1 and isinstance(snapshot.segments[0], Segment)
     assert np.isfinite(same.collision_before)
+    # Of what was removed, nothing collides with what comes.
+    segment = snapshot.segments[0]
+    alone = measure_drift(snapshot, segment, copy.store, [np.arange(len(segment))])
+    assert alone.collision_rate == same.collision_before and alone.collision_before == 0
 
 
 def test_drift_counts_as_a_plain_loop_does() -> None:

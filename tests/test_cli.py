@@ -58,7 +58,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
     ("arguments", "code", "said"),
     [
         (["serch"], 2, "search"),
-        (["search"], 2, "Missing argument 'text'"),
+        (["search"], 2, "Missing argument 'TEXT...'"),
         (["search", "x", "--bogus"], 2, "bogus"),
         (["publish", "--set", "quantiser.coarse=3"], 2, "quantizer"),
         (["publish", "--set", "quantizer.coarse=none"], 2, "quantizer.coarse"),
@@ -70,6 +70,8 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
         (["fit", "generator"], 5, "ace fit quantizer"),
         (["publish"], 5, "ace ingest"),
         (["search", "x"], 5, "ace publish"),
+        (["search", "two", "words", "-k", "3"], 5, "ace publish"),
+        (["status", "--store", "/dev/null/store"], 5, "nothing in this store"),
         (["evaluate"], 5, "ace publish"),
         (["serve"], 5, "ace publish"),
         (["add"], 5, "ace publish"),
@@ -90,6 +92,19 @@ def test_mistakes_are_answered_with_a_remedy_and_an_exit_code(
     got, out, err = _run(capsys, *arguments)
     assert (got, said in err) == (code, True), err
     assert err.startswith("error: ") and "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize("command", [[], ["fit"]])
+def test_no_command_is_answered_with_the_help_alone(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    code, out, err = _run(capsys, *command)
+    assert code == 2 and "Commands" in out + err and "error:" not in err
+
+
+def test_the_words_of_a_search_need_no_quotes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("pipelines.search.search_once", lambda *args, **_: asked.append(args[2]) or ([], 0.0))
+    assert cli.main(["search", "a", "red fruit", "-k", "3", "--store", str(tmp_path)]) == 0
+    assert asked == ["a red fruit"]
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
