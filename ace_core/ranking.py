@@ -50,15 +50,15 @@ class Ranker:
             out = out + self.generator * np.asarray(log_prob, np.float32)
         return out if valid is None else np.where(valid, out, np.float32(-np.inf))
 
-    def probability(self, score: np.ndarray, similarity: np.ndarray, beyond: np.ndarray | None = None) -> np.ndarray:
+    def probability(self, score: np.ndarray, similarity: np.ndarray, best: np.ndarray | None = None) -> np.ndarray:
         """Calibrated probabilities (n, c) of being the right item, from :meth:`score`'s (0 where a score is -inf).
 
         Args:
-            beyond: (n,) log of the summed exponentials of the scores that a wider search found, where these
-                candidates are but those that pass a filter.
+            best: (n,) the best score without filters, where these candidates are but those that pass one: what is
+                much worse than that is improbable, however few it is among.
         """
         a, b, c = self.calibration
-        out = 1 / (1 + np.exp(-np.clip(a * _posterior_logit(score, beyond) + b * similarity + c, -50, 50)))
+        out = 1 / (1 + np.exp(-np.clip(a * _posterior_logit(score, best) + b * similarity + c, -50, 50)))
         return np.where(np.isneginf(score), 0.0, out)
 
     def save(self, path: Path) -> None:
@@ -79,12 +79,13 @@ class Ranker:
             raise StoreError(f"cannot read the ranking ({e})", where=path, remedy="Fit the generator again.") from None
 
 
-def _posterior_logit(score: np.ndarray, beyond: np.ndarray | None = None) -> np.ndarray:
-    """Logit of the softmax of scores (n, c) over the candidates (or what is ``beyond`` them), within -30 .. 10."""
+def _posterior_logit(score: np.ndarray, best: np.ndarray | None = None) -> np.ndarray:
+    """Logit of the softmax of scores (n, c) over the candidates, whose mass is at least that of the
+    ``best`` without filters; within -30 .. 10."""
     filled = np.where(np.isneginf(score), _LOWEST, score).astype(np.float64)
     mass = np.logaddexp.reduce(filled, axis=1, keepdims=True)
-    if beyond is not None:
-        mass = np.maximum(mass, beyond[:, None])
+    if best is not None:
+        mass = np.maximum(mass, best[:, None])
     log_p = np.clip(filled - mass, -30, -1e-9)
     return np.minimum(log_p - np.log(-np.expm1(log_p)), 10.0)
 

@@ -168,12 +168,12 @@ class Retriever:
                 beam=beam,
             )
             kept = [requests[number].k or self.settings.k for number in numbers]
-            beyond = None
+            best = None
             if any(requests[number].filters for number in numbers):
-                beyond = self._mass_unfiltered(model, batch, [requests[number] for number in numbers], mode, beam)
+                best = self._best_unfiltered(model, batch, [requests[number] for number in numbers], mode, beam)
             examples = [requests[number].examples for number in numbers]
             candidates, asked_for = with_examples(candidates, examples, model, batch, self._galleries, masks)
-            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, beyond, asked_for)):
+            for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, best, asked_for)):
                 answers[number] = hits
         return answers
 
@@ -203,11 +203,11 @@ class Retriever:
             self._masks.popitem(last=False)
         return masks
 
-    def _mass_unfiltered(
+    def _best_unfiltered(
         self, model: ReadOnce, batch: QueryBatch, requests: Sequence[SearchRequest], mode: Mode, beam: int
     ) -> np.ndarray:
-        """(n,) log-mass of the scores that each query finds without its filters: what a filter leaves is no better a
-        match for being alone. -inf where there is no filter."""
+        """(n,) the best score that each query finds without its filters: what a filter leaves is a match if it is about
+        as good, not for being alone. -inf where there is no filter."""
         found = search_candidates(
             model,
             batch,
@@ -218,7 +218,7 @@ class Retriever:
         )
         filtered = np.array([bool(request.filters) for request in requests])
         score, _ = self._scored(model.vector, found)
-        return np.where(filtered, np.logaddexp.reduce(score, axis=1, initial=-np.inf), -np.inf)
+        return np.where(filtered, score.max(axis=1, initial=-np.inf), -np.inf)
 
     def _scored(self, refined: torch.Tensor, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """Scores and similarities (n, c) of candidates."""
@@ -234,7 +234,7 @@ class Retriever:
         refined: torch.Tensor,
         candidates: Candidates,
         kept: Sequence[int],
-        beyond: np.ndarray | None,
+        best: np.ndarray | None,
         asked_for: np.ndarray,
     ) -> list[list[Hit]]:
         """The best ``kept`` candidates of each query as hits, by the ranker's score; before them those (n, c) that the
@@ -242,7 +242,7 @@ class Retriever:
         if not candidates.valid.any():
             return [[] for _ in kept]
         score, similar = self._scored(refined, candidates)
-        probability = self._ranking.probability(score, similar, beyond)
+        probability = self._ranking.probability(score, similar, best)
         probability = np.where(asked_for, 1.0, probability)
         order = np.argsort(np.where(asked_for, -np.inf, -score), axis=1, kind="stable")
         chosen = [

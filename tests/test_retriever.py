@@ -201,13 +201,20 @@ def test_filters_and_modalities_are_exact(tiny: TinyStore) -> None:
 @pytest.mark.parametrize("mode", ["beam", "one-shot"])
 def test_being_the_only_one_left_makes_no_better_match(tiny: TinyStore, mode: str) -> None:
     retriever = _open(tiny, mode=mode, draft=300, k=300)
-    everything = {h.item_id: h.score for h in retriever.search(TEXTS[:1])[0]}
-    for number in (7, 123, 250):
+    everything = retriever.search(TEXTS[:1])[0]
+    scores = {h.item_id: h.score for h in everything}
+    alone = {}
+    for number in (int(everything[0].item_id[-4:]), 7, 123, 250, int(everything[-1].item_id[-4:])):
         (only,) = retriever.search(TEXTS[:1], filters={"number": number})[0]
-        assert only.score == pytest.approx(everything[only.item_id], abs=2e-2)
-    alone = retriever.search_batch([SearchRequest(text=TEXTS[0], filters={"number": 7}), SearchRequest(text=TEXTS[0])])
-    assert alone[0][0].score == pytest.approx(everything["item-0007"], abs=2e-2)
-    assert [h.score for h in alone[1]] == pytest.approx(list(everything.values()), abs=1e-6)
+        alone[only.item_id] = only.score
+        assert only.score > scores[only.item_id] - 2e-2  # what is left out for certain is no rival
+    by_score = sorted(alone, key=scores.__getitem__, reverse=True)
+    assert [alone[i] for i in by_score] == sorted(alone.values(), reverse=True)
+    assert alone[by_score[0]] > scores[by_score[0]] + 0.1 and alone[by_score[-1]] < 0.1
+    # together with a search that has no filter
+    two = retriever.search_batch([SearchRequest(text=TEXTS[0], filters={"number": 7}), SearchRequest(text=TEXTS[0])])
+    assert two[0][0].score == pytest.approx(alone["item-0007"], abs=1e-6)
+    assert [h.score for h in two[1]] == pytest.approx(list(scores.values()), abs=1e-6)
 
 
 def test_removed_items_are_gone(tiny: TinyStore) -> None:

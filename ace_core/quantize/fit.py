@@ -16,6 +16,7 @@ from ace_core.quantize.rqvae import fit_rqvae
 
 _RIDGE = 0.1
 _ITEMS_PER_CODE = 4
+MIN_ITEMS = 2 * _ITEMS_PER_CODE
 
 
 def fit_quantizer(
@@ -51,10 +52,8 @@ def fit_quantizer(
     points = torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
     tokens = torch.from_numpy(np.asarray(modality_tokens, np.int64)).to(device)
     total = int(collective.all_reduce(torch.tensor([len(points)]))[0])
-    if total < 2 * _ITEMS_PER_CODE:
-        raise CorpusError(
-            f"{total} items are too few to fit a quantizer", remedy=f"Index at least {2 * _ITEMS_PER_CODE} items."
-        )
+    if total < MIN_ITEMS:
+        raise CorpusError(f"{total} items are too few to fit a quantizer", remedy=f"Index at least {MIN_ITEMS} items.")
     where = torch.arange(total) if index is None else torch.from_numpy(np.asarray(index, np.int64))
     shard = Shard(points, where.to(device), total)
 
