@@ -148,14 +148,14 @@ def _encoded(
         {"threads": pool.threads, "device": pool.device, "segments": settings.segments},
     )
     at_once = {
-        one.modality.value: _files_a_call(one.files, encoders[one.modality], together[one.modality]) for one in left
+        one.modality.value: files_a_call(one.files, encoders[one.modality], together[one.modality]) for one in left
     }
     for result in map_rows(work, EncodeCorpus, pool, at_once, args, {}, lost=EncodeItems.lost):
         rows = files.take(pa.array(result["row"]))
         yield Modality(rows.column("modality")[0].as_py()), rows, result
 
 
-def _files_a_call(files: pa.Table, encoder: MediaEncoderSettings, together: int) -> int:
+def files_a_call(files: pa.Table, encoder: MediaEncoderSettings, together: int) -> int:
     """How many files a call gets: it costs what encoding a few short sounds does."""
     held = max(1.0, together * pc.mean(files.column("bytes")).as_py())
     return together * max(1, min(_AT_ONCE.get(encoder.kind, 1), int(_CALL_BYTES / held)))

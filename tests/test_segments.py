@@ -28,7 +28,7 @@ from ace_core.media.video import decode_video
 from ace_store import Store
 from pipelines.cluster import Pool, map_rows
 from pipelines.encode import EncodeItems
-from pipelines.ingest import ingest
+from pipelines.ingest import files_a_call, ingest
 from pipelines.progress import Reporter
 from tests.corpora import write_tone
 
@@ -373,3 +373,12 @@ def test_a_quarantined_crash_is_a_row_of_the_errors(
     assert manifest.metrics["items"] == {"audio": 5} and manifest.metrics["errors"] == {"crashed": 1}
     (error,) = read_errors(store.path("features", manifest.id)).to_pylist()
     assert error["item_id"] == "3.flac" and "died on it, twice" in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "count"),
+    [("log-mel", 20_000, 416), ("log-mel", 1_000, 512), ("log-mel", 10**7, 32), ("frames", 1_000, 32)],
+)
+def test_short_files_of_fast_encoders_go_in_larger_calls(kind: str, size: int, count: int) -> None:
+    files = pa.table({"bytes": pa.array([size - 1, size + 1], pa.int64())})
+    assert files_a_call(files, MediaEncoderSettings(kind=kind), together=32) == count  # type: ignore[arg-type]
