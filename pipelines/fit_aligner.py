@@ -7,19 +7,29 @@ from typing import Any
 from ace_core.config import Settings
 from ace_core.errors import CorpusError
 from ace_core.manifest import Manifest
+from ace_core.quantize.fit import MIN_ITEMS
 from ace_store import Store
 from pipelines.corpus import caption_pairs, captions_part, described_pairs, load_captions, load_corpus
 from pipelines.progress import Reporter
 from pipelines.train import FitContext, fit_part
+
+FEW_CAPTIONS = 200  # below, a person is told what to expect
 
 
 def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     """Fit the aligner on the latest features; nothing is done when the store has it.
 
     Raises:
-        CorpusError: there are no captions to learn from.
+        CorpusError: there are no captions to learn from, or too few items for the fits that follow.
     """
     features = store.latest("features")
+    items = sum(features.metrics["items"].values())
+    if items < MIN_ITEMS:  # said now, not by the quantizer after the aligner was fitted
+        raise CorpusError(
+            f"{items} items are too few to learn identifiers for",
+            where=features.settings["corpus_root"],
+            remedy=f"Ingest at least {MIN_ITEMS}.",
+        )
     corpus = load_corpus(store, features.id, settings)
     if len(corpus.split.train_pairs) < 2:
         raise CorpusError(
@@ -28,6 +38,11 @@ def fit_aligner_stage(settings: Settings, store: Store, reporter: Reporter) -> M
             remedy="Describe at least some of the items: captions.jsonl, .csv or .parquet in the corpus folder, or a "
             "text file beside each item; then run `ace ingest` again (nothing is encoded twice). Or let a model "
             "describe them: `ace caption`.",
+        )
+    if (captions := len(corpus.split.train_pairs)) < FEW_CAPTIONS:
+        reporter.say(
+            f"{captions} captions are few to learn from: expect poor answers until more items are described, by people "
+            "or by `ace caption`"
         )
     texts = captions_part(corpus, settings, store, reporter)
     inputs = {"features": features.id, "texts": texts.id} | texts.inputs

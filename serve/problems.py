@@ -121,9 +121,9 @@ def invalid_request(errors: list[dict[str, Any]], body: object = None) -> Proble
     return ProblemError(422, "bad request", found, where=".".join(map(str, place)), remedy=EXAMPLES)
 
 
-def not_json(why: object) -> ProblemError:
-    """The problem of a body that is no JSON at all."""
-    return ProblemError(400, "bad request", f"the body is not JSON ({why})", remedy=EXAMPLES)
+def not_json(why: object, what: str = "the body") -> ProblemError:
+    """The problem of a body, or another text, that is no JSON at all."""
+    return ProblemError(400, "bad request", f"{what} is not JSON ({why})", remedy=EXAMPLES)
 
 
 def _place(error: dict[str, Any], body: object) -> tuple[str | int, ...]:

@@ -99,12 +99,12 @@ def test_no_captioner_is_said() -> None:
 
 
 def test_a_corpus_without_captions_is_told_of_it(in_process: None, tmp_path: Path) -> None:
-    for i in range(3):
+    for i in range(8):
         write_picture(tmp_path / "corpus" / f"{i}.png", "red", "square", shift=i)
     settings = load_settings(None, (f"corpus.path={tmp_path / 'corpus'}", f"store={tmp_path / 'store'}"))
     store, quiet = Store.open(settings.store), Reporter(quiet=True)
     ingest(settings, store, quiet)
-    with pytest.raises(CorpusError, match="3 items have 0 captions") as error:
+    with pytest.raises(CorpusError, match="8 items have 0 captions") as error:
         fit_aligner_stage(settings, store, quiet)
     assert "ace caption" in error.value.remedy
 

@@ -18,6 +18,7 @@ import pytest
 
 from ace_core.config import load_settings
 from ace_core.errors import CorpusError, QualityError, StoreError
+from ace_core.manifest import Manifest
 from ace_core.retriever import Retriever
 from ace_core.snapshot import Snapshot
 from ace_store import Store
@@ -133,6 +134,27 @@ def test_captions_are_needed(ray_cluster: None, tmp_path: Path) -> None:
     ingest(settings, store, Reporter(quiet=True))
     with pytest.raises(CorpusError, match="caption"):
         fit_aligner_stage(settings, store, Reporter(quiet=True))
+
+
+def test_too_few_items_are_refused_before_anything_is_fitted(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    features = Manifest(
+        kind="features", id="0", settings={"corpus_root": "c"}, metrics={"items": {"image": 5, "audio": 2}}
+    )
+    with store.scratch() as part:
+        store.upload_part(part, features)
+    store.set_latest("features", "0")
+    with pytest.raises(CorpusError, match="7 items are too few") as error:
+        fit_aligner_stage(load_settings(), store, Reporter(quiet=True))
+    assert "at least 8" in error.value.remedy
+
+
+def test_few_captions_are_said_to_be_few(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.fit_aligner.FEW_CAPTIONS", 1_000_000)
+    fit_aligner_stage(world.settings, world.store, Reporter())
+    assert re.search(r"\d+ captions are few to learn from", capsys.readouterr().err)
 
 
 # -- what Ray Train must do for every fit ------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def test_a_body_that_is_not_json_is_a_problem(http: TestClient) -> None:
         http.post("/v1/search/by-example", content=b"\xff\xfe", headers={"Content-Type": "application/json"}), 400
     )
     bad = {"file": ("a.png", b"\x89PNG\r\n\x1a\n")}
-    problem_of(http.post("/v1/search/by-example", files=bad, data={"options": "not json"}), 400)
+    problem = problem_of(http.post("/v1/search/by-example", files=bad, data={"options": "not json"}), 400)
+    assert problem["detail"].startswith("the field options is not JSON")
     for problem in (problem_of(http.get("/v1/nothing"), 404), problem_of(http.put("/v1/search"), 405)):
         assert "openapi" in problem["remedy"]
     for path in ("/v1/items/nobody", "/v1/clusters/image-99", "/media/nobody"):

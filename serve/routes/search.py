@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 
 from ace_core.media.kinds import modality_of, sniff
 from serve.calls import ExampleCall, TextCall
-from serve.problems import ProblemError, invalid_request
+from serve.problems import ProblemError, invalid_request, not_json
 from serve.schema import ExampleRequest, SearchOptions, SearchRequest, SearchResponse
 from serve.service import Service
 
@@ -60,7 +60,7 @@ def add_search(app: FastAPI, service: Service) -> None:
                     422, "bad request", "the form has no file", where="file", remedy="Send the file as field `file`."
                 )
             data, name = await file.read(), file.filename or "upload"
-        wanted = _parse(SearchOptions, text.encode())
+        wanted = _parse(SearchOptions, text.encode(), "the field options")
         modality = modality_of("x" + (sniff(data) or "")) or modality_of(name)
         if modality is None:
             raise ProblemError(
@@ -74,13 +74,14 @@ def add_search(app: FastAPI, service: Service) -> None:
         return await service.search(call, wanted, (name,))
 
 
-def _parse(model: type[Body], data: bytes) -> Body:
+def _parse(model: type[Body], data: bytes, what: str = "the body") -> Body:
     try:
         return model.model_validate_json(data)
     except ValidationError as e:
-        errors = [dict(error) for error in e.errors(include_url=False)]
-        body = None if errors[0]["type"] == "json_invalid" else from_json(data)
-        raise invalid_request(errors, body) from None
+        errors: list[dict[str, Any]] = [dict(error) for error in e.errors(include_url=False)]
+        if errors[0]["type"] == "json_invalid":
+            raise not_json(errors[0]["ctx"]["error"], what) from None
+        raise invalid_request(errors, from_json(data)) from None
 
 
 def _example_content() -> dict[str, Any]:
