@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ace_core.kernels.children import cut
 from ace_core.kernels.compiled import LOW, PARENT, SCORE, compiled, token_at
-from ace_core.kernels.expand import any_allowed, cut
+from ace_core.kernels.joined import any_allowed
 from ace_core.kernels.selection import order_best_first
 
 
