@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one. Every setting here has a te
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -385,7 +386,8 @@ def _absolute(settings: Settings) -> Settings:
     """Relative folders are taken from the working directory here, once: Ray's workers have others."""
 
     def of(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+        # Without "..": the same corpus has the same name wherever a command is called from.
+        return path if path is None or "://" in path else os.path.normpath(Path(path).expanduser().absolute())
 
     def model(path: str | None) -> str | None:  # a folder, or else the name of a model on a hub
         return of(path) if path is not None and Path(path).expanduser().exists() else path

@@ -28,6 +28,8 @@ def test_relative_folders_become_absolute_once(tmp_path: Path, monkeypatch: pyte
     assert settings.serve.keys_file == str(tmp_path / "keys")
     assert settings.encoders.text.path == str(tmp_path / "clip") and settings.encoders.image.path == "openai/clip"
     assert load_settings(None, ("store=s3://bucket/ace",)).store == "s3://bucket/ace"
+    monkeypatch.chdir(tmp_path / "clip")
+    assert load_settings(None, ("corpus.path=../media/",)).corpus.path == str(tmp_path / "media")
 
 
 def test_yaml_and_overrides(tmp_path: Path) -> None:
