@@ -18,9 +18,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
 from ace_core.items import Modality
 from ace_core.media.kinds import modality_of
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.progress import Reporter, Step
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from ace_core.aligner import Aligner
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
 from ace_core.encoders import load_media_encoder
 from ace_core.errors import CorpusError
 from ace_core.evaluation import compare, exact_ranks, ranks_in, summarise
 from ace_core.features import Features
 from ace_core.items import Modality
 from ace_core.retriever import Retriever
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from benchmarks.measure import table, write_figures
 from benchmarks.published import PUBLISHED, PublishedSet, load_published

@@ -29,7 +29,7 @@ _BARE_SHARDS = 10
 
 def publish(path: Path, encoders: int) -> None:
     """What the child process does: everything is loaded first, then `ready`, then the stage."""
-    from ace_core.config import load_settings
+    from ace_core.settings_file import load_settings
     from ace_store import Store
     from pipelines.cluster import ensure_ray
     from pipelines.progress import Reporter

@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
 from ace_core.errors import AceError
 from ace_core.items import Modality
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.cluster import ensure_ray
 from pipelines.evaluate import as_table, evaluate_stage

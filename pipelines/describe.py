@@ -11,7 +11,7 @@ from ace_core.config import Settings
 
 
 def describe_settings(settings: Settings) -> str:
-    """YAML that :func:`ace_core.config.load_settings` reads back to equal settings, with comments."""
+    """YAML that :func:`ace_core.settings_file.load_settings` reads back to equal settings, with comments."""
     return "\n".join(_lines(settings, 0)) + "\n"
 
 

@@ -33,7 +33,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def settings_of(config: Path | None, changes: list[str] | None, store: str | None) -> Settings:
     """The settings that a command line asks for."""
-    from ace_core.config import load_settings
+    from ace_core.settings_file import load_settings
 
     if config is None and Path(CONFIG_NAME).is_file():
         config = Path(CONFIG_NAME)

@@ -12,9 +12,10 @@ import transformers as tr
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ace_core.captioner import Captioner, distinct, plain
-from ace_core.config import CaptionSettings, LimitSettings, Settings, load_settings
+from ace_core.config import CaptionSettings, LimitSettings, Settings
 from ace_core.errors import CorpusError, SettingsError
 from ace_core.items import Modality
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import caption as stage
 from pipelines.caption import caption_stage

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ace_core.config import load_settings
 from ace_core.errors import AceError, MediaError, QualityError
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import cli
 from pipelines.cluster import reraise

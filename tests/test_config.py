@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
 from ace_core.errors import SettingsError
+from ace_core.settings_file import load_settings
 
 
 def test_defaults_need_no_file() -> None:

@@ -384,7 +384,7 @@ def test_wrong_kinds_and_missing_models_are_named(monkeypatch: pytest.MonkeyPatc
 def test_sounds_are_encoded_without_torch(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", notes([0, 4, 7]), RATE)
     code = (
-        "import sys; from ace_core.config import load_settings; from ace_core.items import Modality; "
+        "import sys; from ace_core.settings_file import load_settings; from ace_core.items import Modality; "
         "import numpy as np; from pipelines.encode import EncodeItems; s = load_settings(); "
         "from pipelines.ingest import encoder_identities;"
         "encoder_identities(s, [Modality.AUDIO]);"

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings, Settings, load_settings
+from ace_core.config import CorpusSettings, LimitSettings, MediaEncoderSettings, Settings
 from ace_core.errors import AceError, CorpusError
 from ace_core.features import read_errors, read_features
 from ace_core.items import Modality
 from ace_core.manifest import Manifest
 from ace_core.media.isolate import PIECE
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.captions import read_captions
 from pipelines.encode import EncodeItems, KnownEmbeddings, questions
@@ -441,7 +442,7 @@ _DRIVER = """
 import os, sys, time
 from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "disabled"
-from ace_core.config import load_settings
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.ingest import ingest
 from pipelines.progress import Reporter

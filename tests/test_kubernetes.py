@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
+from ace_core.settings_file import load_settings
 from pipelines import cli
 from tests.kuberay import KINDS, PodSpec, RayCluster
 

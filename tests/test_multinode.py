@@ -23,7 +23,7 @@ _DRIVER = """
 import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from ace_core.config import load_settings
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.fit_aligner import fit_aligner_stage
 from pipelines.fit_generator import fit_generator_stage

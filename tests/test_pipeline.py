@@ -16,10 +16,10 @@ import httpx
 import numpy as np
 import pytest
 
-from ace_core.config import load_settings
 from ace_core.errors import CorpusError, QualityError, StoreError
 from ace_core.manifest import Manifest
 from ace_core.retriever import Retriever
+from ace_core.settings_file import load_settings
 from ace_core.snapshot import Snapshot
 from ace_store import Store
 from pipelines import cli

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from ace_core.config import load_settings
 from ace_core.features import read_errors, read_features
+from ace_core.settings_file import load_settings
 from ace_store import Store, open_location
 from pipelines import cli
 from pipelines.ingest import ingest

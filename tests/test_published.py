@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ace_core.config import CorpusSettings, load_settings
+from ace_core.config import CorpusSettings
 from ace_core.errors import CorpusError
 from ace_core.items import Modality
+from ace_core.settings_file import load_settings
 from benchmarks import paper
 from benchmarks.published import PUBLISHED, PublishedItem, PublishedSet, load_published
 from pipelines.sources import list_corpus

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ace_core.config import load_settings
 from ace_core.errors import AceError
+from ace_core.settings_file import load_settings
 from pipelines import cli, remote
 from pipelines.remote import run_as_job
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings, load_settings
+from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings
 from ace_core.encoders.batching import BatchTrial
 from ace_core.errors import AceError, MediaError
 from ace_core.features import read_errors, read_features
@@ -25,6 +25,7 @@ from ace_core.media.isolate import IsolatedDecoder
 from ace_core.media.scenes import scene_times
 from ace_core.media.segments import cut
 from ace_core.media.video import decode_video
+from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.cluster import Pool, map_rows
 from pipelines.encode import EncodeItems

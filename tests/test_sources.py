@@ -18,9 +18,10 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from ace_core.attributes import matching, typed_attributes
-from ace_core.config import CorpusSettings, load_settings
+from ace_core.config import CorpusSettings
 from ace_core.errors import CorpusError, StoreError
 from ace_core.features import read_errors, read_features
+from ace_core.settings_file import load_settings
 from ace_store import Address, ItemReader, Store, open_location
 from pipelines.ingest import ingest
 from pipelines.progress import Reporter

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from ace_core.config import Settings, load_settings
+from ace_core.config import Settings
 from ace_core.manifest import Manifest
+from ace_core.settings_file import load_settings
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
 from pipelines.fit_aligner import fit_aligner_stage
