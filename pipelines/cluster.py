@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ace_core import errors
+from ace_core import embedded_ray, errors
 from ace_core.config import ComputeSettings
 from ace_core.errors import AceError, MediaError, SettingsError
 
@@ -39,10 +39,7 @@ def ensure_ray(compute: ComputeSettings) -> None:
     # A short interval costs nothing on one machine, and every report of a fit waits for one.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2" if compute.address is None else "2")
     if compute.address is None:
-        # Threads that wait shall sleep: spinning ones make a fit ten times slower as soon as anything else runs here.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # An embedded Ray listens on this machine only; a token file left by another cluster must not lock it out.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        embedded_ray.set_defaults()
     import ray
 
     if not ray.is_initialized():

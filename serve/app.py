@@ -30,6 +30,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from ace_core import embedded_ray
 from ace_core.config import ServeSettings, Settings
 from ace_core.errors import SettingsError, StoreError
 from ace_store.store import Store
@@ -247,6 +248,8 @@ def _start(settings: Settings, make: Callable[..., serve.Application] | None) ->
     """Start Ray unless it runs, and the application; its address."""
     chosen = settings.serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it says at the start, on_ready says better
+    if settings.compute.address is None:
+        embedded_ray.set_defaults()
     if not ray.is_initialized():
         ray.init(address=settings.compute.address or "local", include_dashboard=False, log_to_driver=False)
     serve.start(

@@ -105,3 +105,17 @@ def test_an_embedded_ray_leaves_other_clusters_alone(monkeypatch: pytest.MonkeyP
     ensure_ray(ComputeSettings())
     ensure_ray(ComputeSettings(address="10.0.0.1:6379"))
     assert asked == ["local", "10.0.0.1:6379"]
+
+
+def test_an_embedded_ray_reports_to_nobody_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    ensure_ray(ComputeSettings(address="10.0.0.1:6379"))
+    assert "RAY_USAGE_STATS_ENABLED" not in os.environ  # a cluster's owner decides
+    ensure_ray(ComputeSettings())
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    ensure_ray(ComputeSettings())
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
