@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +63,13 @@ def _absolute(settings: Settings) -> Settings:
     """Relative folders are taken from the working directory here, once: Ray's workers have others."""
 
     def of(path: str | None) -> str | None:
-        # Without "..": the same corpus has the same name wherever a command is called from.
-        return path if path is None or "://" in path else os.path.normpath(Path(path).expanduser().absolute())
+        if path is None or "://" in path:
+            return path
+        # Without "..": the same corpus has the same name wherever a command is called from. What ".." leads to behind
+        # a link is for the file system to say.
+        parts = Path(path).expanduser().absolute().parts
+        up = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+        return str(Path(os.path.realpath(Path(*parts[:up])), *parts[up:])) if up else str(Path(*parts))
 
     def model(path: str | None) -> str | None:  # a folder, or else the name of a model on a hub
         return of(path) if path is not None and Path(path).expanduser().exists() else path
@@ -98,15 +104,17 @@ def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def _readable(error: ValidationError, path: Path | None, overrides: tuple[Override, ...]) -> SettingsError:
     first = error.errors()[0]
     location = ".".join(str(p) for p in first["loc"])
-    given = [key for key in (override.partition("=")[0].strip() for override in overrides) if location]
-    from_override = any(f"{location}.".startswith(f"{key}.") or key.startswith(f"{location}.") for key in given)
+    message = first["msg"].removeprefix("Value error, ")
+    given = [override.partition("=")[0].strip() for override in overrides]
+    # What does not fit together has no location: the message names the settings.
+    named = [location] if location else re.findall(r"\w+(?:\.\w+)+", message)
+    from_override = any(f"{n}.".startswith(f"{key}.") or key.startswith(f"{n}.") for key in given for n in named)
     where = "--set" if from_override else path or "settings"
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.75)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
         return SettingsError(f"unknown setting {location!r}", where=where, remedy=hint)
-    message = first["msg"].removeprefix("Value error, ")
     return SettingsError(f"{location}: {message} (found {first['input']!r})" if location else message, where=where)
 
 

@@ -33,6 +33,16 @@ def test_relative_folders_become_absolute_once(tmp_path: Path, monkeypatch: pyte
     assert load_settings(None, ("corpus.path=../media/",)).corpus.path == str(tmp_path / "media")
 
 
+def test_a_way_up_behind_a_link_leads_where_the_file_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real" / "v3").mkdir(parents=True)
+    (tmp_path / "cur").symlink_to("real/v3")
+    for written, meant in {"cur/../media": "real/media", "real/../media": "media", "cur/media": "cur/media"}.items():
+        assert load_settings(None, (f"corpus.path={written}",)).corpus.path == str(tmp_path / meant)
+
+
 def test_yaml_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "ace.yaml"
     path.write_text("store: s3://bucket/prefix\nquantizer: {coarse: 32, fine_levels: 2}\n")
@@ -89,6 +99,23 @@ def test_an_error_is_located_where_the_value_was_given(tmp_path: Path) -> None:
         with pytest.raises(SettingsError) as failure:
             load_settings(path, (wrong,))
         assert failure.value.where == "--set"
+
+
+def test_settings_that_do_not_fit_together_are_located_where_one_of_them_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "ace.yaml"
+    path.write_text("corpus: {path: x}\n")
+    for wrong in (
+        ("encoders.image.path=foo",),
+        ("encoders={image: {path: foo}}",),
+        ("serve.replicas=3", "serve.max_replicas=2"),
+    ):
+        with pytest.raises(SettingsError) as failure:
+            load_settings(path, wrong)
+        assert failure.value.where == "--set"
+    path.write_text("serve: {replicas: 3, max_replicas: 2}\n")
+    with pytest.raises(SettingsError, match="max_replicas is below") as failure:
+        load_settings(path, ("serve.port=80",))
+    assert failure.value.where == str(path)
 
 
 def test_settings_are_frozen() -> None:
