@@ -62,19 +62,16 @@ class Drift:
         return text + ("; a refit is due (`ace fit all`, `ace publish`)" if self.refit_due else "; no refit needed")
 
 
-def measure_drift(
-    snapshot: Snapshot, added: Segment, store: Store, removed: Sequence[np.ndarray] | None = None
-) -> Drift:
+def measure_drift(snapshot: Snapshot, added: Segment, store: Store, removed: Sequence[np.ndarray]) -> Drift:
     """Compare a new segment with the snapshot that it joins: one pass over the identifiers that are there, no sort.
 
     Args:
         removed: for each segment of the snapshot, sorted rows that are not there once the new one has joined: an item
-            that replaces itself, or comes back, shares its identifier with nobody. By default the snapshot's own.
+            that replaces itself, or comes back, shares its identifier with nobody.
     """
-    gone = snapshot.removed if removed is None else removed
     before = [
         np.delete(s.gallery.codes, rows, axis=0) if len(rows) else s.gallery.codes
-        for s, rows in zip(snapshot.segments, gone)
+        for s, rows in zip(snapshot.segments, removed)
     ]
     codes = added.gallery.codes
     shared = _repeated(codes)

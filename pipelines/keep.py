@@ -97,7 +97,7 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
     also = f", and {counted(len(left), 'folder')} that killed runs left behind" if left else ""
     if kept := young - len(doomed):
         hours = min_age / timedelta(hours=1)
-        also += f"; kept for their age: {counted(kept, 'part')} younger than {hours:g} h (--min-age-hours)"
+        also += f"; kept: {counted(kept, 'part')} younger than {hours:g} h (--min-age-hours), or needed by one that is"
     reporter.say(f"{verb} {counted(len(doomed), 'part')}, {freed / 1e6:,.1f} MB{also}")
     return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
 
