@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ace_core.kernels import row_words
+from ace_core.kernels.compiled import LOW, PARENT, SCORE, row_words
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
 
-    All that is known of a row lies side by side, in words of eight bytes (:mod:`ace_core.kernels.compiled`): a compiled
-    loop is handed one array instead of six, which for a beam's few children is half of its time, and a row is two or
-    three cache lines instead of six. The properties are views.
+    All that is known of a row lies side by side, in words of eight bytes: a compiled loop is handed one array, not six,
+    which for a beam's few children is half of its time, and a row is two or three cache lines instead of six. The
+    properties are views.
 
     Attributes:
         level: tokens spelled so far.
@@ -44,31 +44,31 @@ class Rows:
     @property
     def score(self) -> np.ndarray:
         """(n, B) float64, summed log-probabilities."""
-        return self.block.view(np.float64)[..., 0]
+        return self.block.view(np.float64)[..., SCORE]
 
     @property
     def parent(self) -> np.ndarray:
         """(n, B) int64, the previous row that each row continues."""
-        return self.block[..., 1]
+        return self.block[..., PARENT]
 
     @property
     def low(self) -> np.ndarray:
         """(n, B, S) int64: per segment the first of the row's children, which are numbered as nodes of level ``level``;
         after the last level, the first of its items."""
-        return self.block[..., 2 : 2 + self.segments]
+        return self.block[..., LOW : LOW + self.segments]
 
     @property
     def high(self) -> np.ndarray:
         """(n, B, S) int64: where the interval that begins with :attr:`low` ends."""
-        return self.block[..., 2 + self.segments : 2 + 2 * self.segments]
+        return self.block[..., LOW + self.segments : LOW + 2 * self.segments]
 
     @property
     def codes(self) -> np.ndarray:
         """(n, B, L) int64, the tokens so far."""
-        begin = 2 + 2 * self.segments
+        begin = LOW + 2 * self.segments
         return self.block[..., begin : begin + self.levels]
 
     @property
     def level_log_prob(self) -> np.ndarray:
         """(n, B, L) float64 of the tokens so far."""
-        return self.block.view(np.float64)[..., 2 + 2 * self.segments + self.levels :]
+        return self.block.view(np.float64)[..., LOW + 2 * self.segments + self.levels :]

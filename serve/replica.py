@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from serve.engine import Waiting
 
 _MAX_BATCH = 16
-BATCHES = 32  # that may wait for the engine, which joins them
+BATCHES = 32  # so many batches of searches may be with a replica: decoded, or waiting for the engine to join them
 _PROBE_SECONDS = 5.0
 
 
@@ -83,7 +83,7 @@ class Searcher:
         """What is served."""
         return self._engine.state()
 
-    @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.0, max_concurrent_batches=BATCHES)
+    @serve.batch(max_batch_size=_MAX_BATCH, batch_wait_timeout_s=0.0)
     async def _batched(self, bundles: Sequence[Sequence[Waiting]]) -> list[asyncio.Task[list[Reply | Refusal]]]:
         # Handed to the engine together, answered each by itself: those of another ingress may be decoded later.
         return [asyncio.create_task(self._engine.answer(bundle)) for bundle in bundles]

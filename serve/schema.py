@@ -13,7 +13,12 @@ MAX_TEXT = 1000
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
 Scalar = str | int | float | bool
-Modalities = Annotated[list[Modality], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+Modalities = Annotated[
+    list[Modality],
+    BeforeValidator(
+        lambda given: [given] if isinstance(given, str) else given, json_schema_input_type=list[Modality] | Modality
+    ),
+]
 
 
 class Strict(BaseModel):

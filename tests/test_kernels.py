@@ -90,7 +90,6 @@ def test_a_draft_of_more_items_than_it_looks_at_together(share, depth):
         assert (np.diff(found.log_prob[q][found.valid[q]]) <= 0).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=300), st.data())
 def test_runs_of_bits(bits, data):
     words = ItemMask.of(np.array(bits)).words

@@ -10,7 +10,6 @@ serial and release the GIL: threads that search at the same time share nothing b
 thread pool is not used; its default layer is not thread-safe).
 """
 
-from ace_core.kernels.compiled import row_words
 from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
@@ -26,5 +25,4 @@ __all__ = [
     "expand",
     "mark_parents",
     "products",
-    "row_words",
 ]

@@ -19,13 +19,15 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.blake2b(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
-# The words of a segment's entry in a layout, which is an (L, S, 5) int64 array of L levels and S segments: addresses of
-# its tokens and of first_child (0 where a level's nodes are items: there a child is a run of equal tokens), whether
-# they are wide (16-bit tokens, not 8-bit; 64-bit pointers, not 32-bit), tokens from one node to the next.
-TOKENS, WIDE, STRIDE, POINTERS, POINTERS_WIDE = range(5)
+# The words of a segment's entry in a layout, an (L, S, 5) int64 array of L levels and S segments:
+TOKENS = 0  # address of its tokens
+WIDE = 1  # 16-bit tokens instead of 8-bit?
+STRIDE = 2  # tokens from one node to the next
+POINTERS = 3  # address of first_child; 0 where a level's nodes are items: there a child is a run of equal tokens
+POINTERS_WIDE = 4  # 64-bit pointers instead of 32-bit?
 
-# The words of a beam row: its score (float64), the row that it continues; then S begins of its intervals, S
-# ends, L tokens and L log-probabilities (float64). See ace_core.rows.
+# The words of a beam row: its score (float64), the row that it continues, then S begins of its intervals and S ends, L
+# tokens and L log-probabilities (float64). ace_core.rows names what they mean.
 SCORE, PARENT, LOW = range(3)
 
 

@@ -120,16 +120,15 @@ def _draft_query(
     address, stride, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, STRIDE], layout[depth, 0, WIDE]
     keep = len(done)
     room = min(4 * keep + 256, len(score))
-    highest = np.empty(rows)
     if wide:
         size = best_items(
             uint16_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], totals, highest, scratch,
+            node[depth], parent[depth], score[:room], totals, scratch,
         )  # fmt: skip
     else:
         size = best_items(
             uint8_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], totals, highest, scratch,
+            node[depth], parent[depth], score[:room], totals, scratch,
         )  # fmt: skip
     order_best_first(score, size, order, other)
     reals = done.view(np.float64)

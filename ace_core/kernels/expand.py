@@ -85,7 +85,7 @@ def expand(layout, level, bits, rows, live, log_probs, renormalise, next_rows, n
         if q + 2 < len(live):
             _ask_for_tokens(layout[level, 0], rows[q + 2], live[q + 2])
         if q + 1 < len(live):
-            _ask_for_scores(layout[level, 0], rows[q + 1], live[q + 1], LOW + segments, log_probs[q + 1])
+            _ask_for_scores(layout[level, 0], rows[q + 1], live[q + 1], high_at, log_probs[q + 1])
         count = live[q]
         own_bits, own, score = bits[q % len(bits), level], log_probs[q], reals[q, :count, SCORE]
         if one and layout[level, 0, WIDE]:

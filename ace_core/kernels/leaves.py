@@ -86,12 +86,12 @@ def _best_allowed_items(
 
 @compiled
 def best_items(
-    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, totals, highest, scratch,
+    tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, totals, scratch,
 ):  # fmt: skip
     """The best ``keep`` identifiers below rows: their first allowed items, rows and scores. Returns how many.
 
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
-    token begin. totals, highest: room for the scores of a chunk of items, and for the highest of each row in it.
+    token begin. totals: room for the scores of a chunk of items.
     """
     if bits != NO_MASK:
         return _best_allowed_items(
@@ -103,7 +103,7 @@ def best_items(
     size = 0
     threshold = -np.inf
     first, begin = 0, low[0]  # where the chunk begins
-    tops = np.empty(rows)
+    highest, tops = np.empty(rows), np.empty(rows)  # of each row in it; the same without rows that have none
     while first < rows:
         filled, row, at, found = np.uint64(0), first, begin, 0
         while row < rows and filled < np.uint64(len(totals)):
