@@ -115,6 +115,8 @@ def fatal(self, data, most):
     if data == b"dies":
         os.kill(os.getpid(), signal.SIGSEGV)
     if data == b"hangs":
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0  # its time runs,
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # and is put forward: no test waits for it, nor runs out of it
         time.sleep(1000)
     return whole(self, data, most)
 

@@ -22,14 +22,23 @@ from ace_core.errors import AceError, CorpusError
 from ace_core.features import read_errors, read_features
 from ace_core.items import Modality
 from ace_core.manifest import Manifest
-from ace_core.media.isolate import PIECE
+from ace_core.media.isolate import PIECE, IsolatedDecoder
 from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.captions import read_captions
 from pipelines.encode import EncodeItems, KnownEmbeddings, questions
 from pipelines.progress import Reporter
 from pipelines.sources import Listing, list_corpus
-from tests.corpora import FATAL, fatal_decoders, write_clip, write_mixed_corpus, write_picture, write_tone
+from tests.corpora import (
+    FATAL,
+    fatal_decoders,
+    sample,
+    write_clip,
+    write_mixed_corpus,
+    write_picture,
+    write_shard,
+    write_tone,
+)
 
 LIMITS = LimitSettings()
 AUDIO = MediaEncoderSettings(kind="log-mel", batch_size=4)
@@ -78,6 +87,23 @@ def test_a_folder_that_links_lead_to_counts_once(tmp_path: Path) -> None:
     listing = _list(corpus)
     assert list(_by_uri(listing)) == ["kept/b.png", "more/c.png", "one.png", "two.png", "z/a.png"]
     assert "2 behind links that lead out of the folder" in listing.summary and "(more/c.png, ...)" in listing.summary
+    (corpus / "captions.jsonl").write_text('{"path": "z/a.png", "caption": "x"}\n{"path": "two.png", "caption": "y"}')
+    assert "links" not in list_corpus(CorpusSettings(path=str(corpus), listed_only=True)).summary
+
+
+def test_media_behind_links_are_counted_whatever_they_are_in(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    write_picture(corpus / "a.png", "red", "square")
+    write_picture(other / "b.png", "red", "square")
+    (other / "b.png").rename(other / "no-suffix")
+    (other / "notes.txt").write_text("x")
+    (corpus / "more").symlink_to(other)
+    assert "1 behind a link that leads out of the folder" in _list(corpus).summary
+    write_shard(other / "0.tar", [*sample("0", b"x", "png", "one"), *sample("1", b"x", "png", "two")])
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").symlink_to(other / "0.tar")
+    assert _list(tmp_path / "shards").summary.endswith("never shown by the server (0.tar)")
+    assert "; 2 behind links that lead out of the folder" in _list(tmp_path / "shards").summary
 
 
 def test_files_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
@@ -287,14 +313,28 @@ def test_a_file_that_kills_its_decoder_costs_one_row(
         (tmp_path / names[number]).write_bytes(data)
         causes[number] = FATAL[data]
     encoder = AUDIO.model_copy(update={"batch_size": 12})
-    limits = LimitSettings(decode_seconds=2.0)
-    transform = EncodeItems(Modality.AUDIO, encoder, limits, str(tmp_path), threads=threads, device="cpu")
+    transform = EncodeItems(Modality.AUDIO, encoder, LIMITS, str(tmp_path), threads=threads, device="cpu")
     result = transform({"row": np.arange(12), "uri": np.array(names), "bytes": np.full(12, 5000)})
     assert result["row"].tolist() == list(range(12))
     assert result["cause"].tolist() == causes.tolist()
     good = causes == ""
     np.testing.assert_array_equal(result["embedding"][good], want["embedding"][good])
     assert not result["embedding"][~good].any()
+
+
+def test_a_decoder_that_cannot_be_started_costs_rows_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tone(tmp_path / "a.wav", 440)
+    write_tone(tmp_path / "b.wav", 550)
+
+    def refused(self: IsolatedDecoder) -> None:
+        raise PermissionError("no more processes")
+
+    monkeypatch.setattr(IsolatedDecoder, "_start", refused)
+    result = _encode(tmp_path, ["a.wav", "b.wav"])
+    assert result["cause"].tolist() == ["unexpected"] * 2
+    assert all("no more processes" in detail for detail in result["detail"])
 
 
 def test_short_files_are_decoded_together_and_long_ones_alone() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from PIL import Image
 
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
-from ace_core.media import Cause
+from ace_core.media import Cause, isolate
 from ace_core.media.decoders import AudioDecoder, ImageDecoder
 from ace_core.media.isolate import IsolatedDecoder, guarded
 from tests.corpora import fatal_decoders
@@ -110,9 +113,9 @@ def test_a_hang_ends_at_the_limit() -> None:
 
 
 def test_of_files_asked_about_together_a_bad_one_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before and behind it is decoded, and every file has the whole time limit for itself."""
+    """What comes before and behind it is decoded."""
     fatal_decoders(monkeypatch)
-    isolated = IsolatedDecoder(AudioDecoder(LimitSettings(decode_seconds=2.0), 16_000))
+    isolated = IsolatedDecoder(AudioDecoder(LimitSettings(), 16_000))
     files = [wav(0.1), b"dies", wav(0.2), b"junk", wav(9.0), b"hangs", b"dies", wav(0.3), b"dies"]
     answers = isolated.wholes(files, 5.0)
     assert [len(answers[i]) for i in (0, 2, 7)] == [1600, 3200, 4800]  # type: ignore[arg-type]
@@ -121,6 +124,50 @@ def test_of_files_asked_about_together_a_bad_one_costs_itself(monkeypatch: pytes
     assert causes == [Cause.CRASHED, Cause.NOT_AUDIO, Cause.TIMEOUT, Cause.CRASHED, Cause.CRASHED]
     assert "SIGSEGV" in str(answers[1]) and "limits.decode_seconds" in str(answers[5])
     assert isolated.wholes([], 5.0) == []
+
+
+def test_a_child_that_dies_late_crashed_and_ran_out_of_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's time does not run while the child starts, however long that takes."""
+    start = subprocess.Popen
+    late = "import os, time; time.sleep(0.3); os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: start([command[0], "-c", late], **kwargs))
+    isolated = IsolatedDecoder(ImageDecoder(LimitSettings(decode_seconds=0.1)))
+    (of_several,) = isolated.wholes([png()], 5.0)
+    with pytest.raises(MediaError) as alone:
+        isolated(png())
+    for error in (of_several, alone.value):
+        assert isinstance(error, MediaError) and error.cause == Cause.CRASHED and "SIGSEGV" in str(error)
+
+
+def test_a_file_for_which_no_child_can_be_had_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    isolated = IsolatedDecoder(ImageDecoder(LimitSettings()))
+    with monkeypatch.context() as patched:
+        starts = iter([PermissionError("no more pipes")])  # the first only
+        start = subprocess.Popen
+        patched.setattr(subprocess, "Popen", lambda *args, **kwargs: _raise_next(starts) or start(*args, **kwargs))
+        answers = isolated.wholes([png(1), png(2), png(3)], 5.0)
+    assert isinstance(answers[0], PermissionError)
+    assert [answer[0, 0, 0] for answer in answers[1:]] == [2, 3]  # type: ignore[index]
+
+
+def test_an_answer_for_which_there_is_no_memory_costs_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    isolated = IsolatedDecoder(ImageDecoder(LimitSettings()))
+    read = isolate._read
+
+    def short_of_memory(stream: IO[bytes], count: int) -> memoryview:
+        if count == 100 * 100 * 3:
+            raise MemoryError(count)
+        return read(stream, count)
+
+    monkeypatch.setattr(isolate, "_read", short_of_memory)
+    answers = isolated.wholes([png(1), png(2, side=100), png(3)], 5.0)
+    assert isinstance(answers[1], MemoryError)
+    assert [answers[i][0, 0, 0] for i in (0, 2)] == [1, 3]  # type: ignore[index]
+
+
+def _raise_next(errors: Iterator[Exception]) -> None:
+    for error in errors:
+        raise error
 
 
 def test_threads_have_children_of_their_own() -> None:

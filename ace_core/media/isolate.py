@@ -19,7 +19,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,21 +76,26 @@ class IsolatedDecoder:
 
     def wholes(self, files: Sequence[bytes], most: float) -> list[Answer]:
         """As the decoder's own, in one question: short files cost a switch between two processes together. One on
-        which the child dies is ``timeout`` or ``crashed``, and those behind it go to another child."""
+        which the child dies is ``timeout`` or ``crashed``, one for which this process has no child or no memory is
+        what Python raised; those behind it go to another child."""
         answers: list[Answer] = []
         while len(answers) < len(files):
-            child = self._take() or self._start()
-            began = time.monotonic()
+            try:
+                child = self._take() or self._start()
+            except Exception as e:
+                answers.append(e)
+                continue
             try:
                 _send(child, files[len(answers) :], _WHOLE, most, None)
                 while len(answers) < len(files):
-                    began = time.monotonic()
                     answers.append(_answer(child))
             except (OSError, EOFError, ValueError):
-                answers.append(self._why_dead(child, began))
-            except BaseException:  # interrupted between question and answer: this child's pipe is out of step
+                answers.append(self._why_dead(child))
+            except BaseException as e:  # between question and answer: this child's pipe is out of step
                 _end(child)
-                raise
+                if not isinstance(e, Exception):
+                    raise
+                answers.append(e)
             else:
                 self._give_back(child)
         return answers
@@ -104,12 +108,11 @@ class IsolatedDecoder:
         """
         files = [media.data] if media.child is None else []
         child, media.child = media.child or self._take() or self._start(), None
-        began = time.monotonic()
         try:
             _send(child, files, _PART, start, end)
             answer = _answer(child)
         except (OSError, EOFError, ValueError):
-            raise self._why_dead(child, began) from None
+            raise self._why_dead(child) from None
         except BaseException:
             _end(child)
             raise
@@ -119,11 +122,11 @@ class IsolatedDecoder:
         assert isinstance(answer, np.ndarray)
         return answer
 
-    def _why_dead(self, child: subprocess.Popen[bytes], began: float) -> MediaError:
-        """End a child that broke off, and say why it did, with what it was asked at ``began`` (monotonic seconds)."""
-        seconds = time.monotonic() - began
+    def _why_dead(self, child: subprocess.Popen[bytes]) -> MediaError:
+        """End a child that broke off, and say why it did. Its own alarm is the only clock: what this process waits
+        for includes the child's start."""
         code = _end(child)
-        if code == -signal.SIGALRM or seconds >= self._seconds:
+        if code == -signal.SIGALRM:
             return MediaError(
                 Cause.TIMEOUT,
                 f"decoding took more than {self._seconds:g} s",
