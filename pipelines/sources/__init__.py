@@ -12,7 +12,7 @@ from pyarrow import fs
 from ace_core.config import CorpusSettings
 from ace_core.errors import CorpusError
 from ace_core.media.kinds import modality_of
-from ace_store import Location, Store, open_location
+from ace_store import Address, Location, Store, open_location
 from pipelines.captions import CAPTIONS_NAMES
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.listing import LISTING_SCHEMA, Listing, Remembered, Source, below
@@ -37,10 +37,17 @@ def list_corpus(settings: CorpusSettings, store: Store | None = None) -> Listing
     remembered = Remembered(store, location)
     listing = _source(settings, location, files, remembered).find()
     remembered.forget_others()
-    if not outside:
+    return _outside_counted(listing, outside) if outside and listing.location.root == location.root else listing
+
+
+def _outside_counted(listing: Listing, outside: set[str]) -> Listing:
+    """The listing with how many of its items lie in these files in its summary."""
+    files = [path for uri in listing.items.column("uri").to_pylist() if (path := Address.parse(uri).path) in outside]
+    if not files:
         return listing
-    said = f"{len(outside):,} behind links that lead out of the folder: searched, but never shown by the server"
-    return replace(listing, summary=f"{listing.summary}; {said} ({outside[0]}{', ...' * (len(outside) > 1)})")
+    links = "a link that leads" if len(files) == 1 else "links that lead"
+    said = f"{len(files):,} behind {links} out of the folder: searched, but never shown by the server"
+    return replace(listing, summary=f"{listing.summary}; {said} ({files[0]}{', ...' * (len(set(files)) > 1)})")
 
 
 def _source(
@@ -78,9 +85,9 @@ def _source(
     return FolderSource(location, files, settings)
 
 
-def _files(settings: CorpusSettings, store: Store | None) -> tuple[Location, dict[str, fs.FileInfo], list[str]]:
+def _files(settings: CorpusSettings, store: Store | None) -> tuple[Location, dict[str, fs.FileInfo], set[str]]:
     """The corpus folder and its files by relative name, sorted; of a shard or table by itself, the folder it is in.
-    Last, the media among the files that lie outside of the folder, behind a link."""
+    Last, those that lie outside of the folder, behind a link."""
     location = open_location(settings.path)
     try:
         root = location.filesystem.get_file_info(location.root)
@@ -99,7 +106,7 @@ def _files(settings: CorpusSettings, store: Store | None) -> tuple[Location, dic
                     where=location.uri,
                     remedy=f"Give a folder, a {SHARD_SUFFIX}, or a table ({', '.join(TABLE_SUFFIXES)}).",
                 )
-            return _folder_of(location), {root.base_name: root}, []
+            return _folder_of(location), {root.base_name: root}, set()
         found, outside = _below(location, hidden=settings.listed_only)
     except OSError as e:
         raise CorpusError(
@@ -111,7 +118,7 @@ def _files(settings: CorpusSettings, store: Store | None) -> tuple[Location, dic
     files = {name: named[name] for name in sorted(named) if settings.listed_only or not _hidden(name)}
     if not files:
         raise CorpusError("the corpus folder is empty", where=location.uri, remedy="Put images, audio or video in it.")
-    return location, files, [name for name, info in files.items() if info.path in outside and modality_of(name)]
+    return location, files, {below(location, path) for path in outside}
 
 
 def _ingested_before(store: Store | None) -> str | None:
