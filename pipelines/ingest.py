@@ -156,7 +156,7 @@ def _encoded(
 
 
 def files_a_call(files: pa.Table, encoder: MediaEncoderSettings, together: int) -> int:
-    """How many files a call gets: it costs what encoding a few short sounds does."""
+    """How many files a Ray call gets: the call itself costs as much as encoding a few short sounds."""
     held = max(1.0, together * pc.mean(files.column("bytes")).as_py())
     return together * max(1, min(_AT_ONCE.get(encoder.kind, 1), int(_CALL_BYTES / held)))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -148,6 +150,21 @@ def test_a_file_for_which_no_child_can_be_had_costs_itself(monkeypatch: pytest.M
         answers = isolated.wholes([png(1), png(2), png(3)], 5.0)
     assert isinstance(answers[0], PermissionError)
     assert [answer[0, 0, 0] for answer in answers[1:]] == [2, 3]  # type: ignore[index]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes have a size to set on Linux only")
+def test_a_user_whose_pipes_may_not_be_large_decodes_through_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+
+    def refuse(pipe: object, command: int, *args: object) -> None:
+        assert command == fcntl.F_SETPIPE_SZ
+        refused.append(pipe)
+        raise PermissionError("fs.pipe-user-pages-soft")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    isolated = IsolatedDecoder(ImageDecoder(LimitSettings()))
+    assert isolated(png(side=800)).shape == (800, 800, 3)
+    assert len(refused) == 2
 
 
 def test_an_answer_for_which_there_is_no_memory_costs_its_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,14 @@ class OpenedMedia(Protocol):
 
 
 class _Files:
-    """What a decoder can do beside decoding one file at once."""
+    """What every decoder offers beside a call for one file: several files in one question, a file kept open for its
+    parts, its imports ahead of time."""
 
     needs: ClassVar[tuple[str, ...]] = ()
 
     def load(self) -> None:
-        """Import what decoding needs. That may take longer than a file may; the first call does it otherwise."""
+        """Import what decoding needs: without this the first call does, within the time of its file, which it may
+        exceed."""
         for module in self.needs:
             importlib.import_module(module)
 

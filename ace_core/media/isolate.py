@@ -11,6 +11,7 @@ one by one, so that the first file without one is the one that the child died on
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -20,9 +21,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -117,7 +118,7 @@ class IsolatedDecoder:
             _end(child)
             raise
         media.child = child
-        if isinstance(answer, MediaError):
+        if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, np.ndarray)
         return answer
@@ -162,15 +163,20 @@ class IsolatedDecoder:
         # The child finds this package wherever the parent found it, installed or not.
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "ace_core.media.isolate", self._spec],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pipesize=PIECE,  # (Linux; ignored elsewhere)
             bufsize=PIECE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
+        if sys.platform == "linux":
+            for pipe in (child.stdin, child.stdout):
+                # A user's pipes together may hold a few dozen of this size: what comes after makes do with small ones.
+                with suppress(OSError):
+                    fcntl.fcntl(cast(IO[bytes], pipe), fcntl.F_SETPIPE_SZ, PIECE)
+        return child
 
 
 @dataclasses.dataclass
@@ -197,7 +203,7 @@ def _send(
     child.stdin.flush()
 
 
-def _answer(child: subprocess.Popen[bytes]) -> np.ndarray | float | MediaError:
+def _answer(child: subprocess.Popen[bytes]) -> Answer:
     assert child.stdout is not None
     header_length, body_length = _REPLY.unpack(_read(child.stdout, _REPLY.size))
     header = json.loads(bytes(_read(child.stdout, header_length)))
