@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -185,6 +186,26 @@ def test_an_answer_for_which_there_is_no_memory_costs_its_file(monkeypatch: pyte
 def _raise_next(errors: Iterator[Exception]) -> None:
     for error in errors:
         raise error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_child_holds_one_long_file_at_a_time() -> None:
+    isolated = IsolatedDecoder(ImageDecoder(LimitSettings()))
+    isolated(png())
+    before = _peak(child_of(isolated))
+    long = bytes(64 << 20)
+    for _ in range(2):
+        (answer,) = isolated.wholes([long], 5.0)
+        assert isinstance(answer, MediaError) and answer.cause == Cause.NOT_AN_IMAGE
+        with pytest.raises(MediaError), isolated.opened(long) as media:
+            media.part()
+    assert _peak(child_of(isolated)) - before < 1.5 * len(long)
+
+
+def _peak(pid: int) -> int:
+    """Most bytes that a process had in memory."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def test_threads_have_children_of_their_own() -> None:

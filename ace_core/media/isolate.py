@@ -226,6 +226,14 @@ def _read(stream: IO[bytes], count: int) -> memoryview:
     return view
 
 
+def _read_bytes(stream: IO[bytes], count: int) -> bytes:
+    """Exactly ``count`` bytes, as decoders take them; not a copy of what :func:`_read` gives."""
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
 def _end(child: subprocess.Popen[bytes]) -> int:
     """Close a child's pipes, wait for it (killing it if it does not go by itself), and give its exit code."""
     for pipe in (child.stdin, child.stdout):
@@ -264,20 +272,27 @@ def main() -> None:
     while True:
         try:
             count, asked, first, last = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            lengths = [_LENGTH.unpack(_read(requests, _LENGTH.size))[0] for _ in range(count)]
-            files = [bytes(_read(requests, length)) for length in lengths] if count else files
+            if count:
+                files = []  # before the next ones come: two long ones need not fit the memory
+                lengths = [_LENGTH.unpack(_read(requests, _LENGTH.size))[0] for _ in range(count)]
+                files = [_read_bytes(requests, length) for length in lengths]
         except EOFError:
             return
-        for data in files:
-            # The default action ends the process even inside C code that never comes back.
-            signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
-            header, body = _decoded(decoder, data, asked, first, last)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            text = json.dumps(header).encode()
-            replies.write(_REPLY.pack(len(text), body.nbytes))
-            replies.write(text)
-            replies.write(np.ascontiguousarray(body).data.cast("B") if body.size else b"")
-            replies.flush()
+        _reply(replies, decoder, files, asked, first, last)
+
+
+def _reply(replies: IO[bytes], decoder: Decoder, files: list[bytes], asked: int, first: float, last: float) -> None:
+    """Answer one question, file by file."""
+    for data in files:
+        # The default action ends the process even inside C code that never comes back.
+        signal.setitimer(signal.ITIMER_REAL, decoder.limits.decode_seconds)
+        header, body = _decoded(decoder, data, asked, first, last)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        text = json.dumps(header).encode()
+        replies.write(_REPLY.pack(len(text), body.nbytes))
+        replies.write(text)
+        replies.write(np.ascontiguousarray(body).data.cast("B") if body.size else b"")
+        replies.flush()
 
 
 def _decoded(decoder: Decoder, data: bytes, asked: int, first: float, last: float) -> tuple[dict[str, Any], np.ndarray]:
