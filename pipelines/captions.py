@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from csv import reader as rows_of
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,18 +159,37 @@ def _json_rows(file: pa.NativeFile, name: str) -> Iterator[dict]:
 def _csv_rows(file: pa.NativeFile, columns: Columns) -> Iterator[dict]:
     """Rows of a CSV file, with the types that all values of a column share; names and texts stay text.
 
-    Commas divide the columns, or what spreadsheets write in their place: semicolons, tabs."""
-    as_text = dict.fromkeys((*columns.media, *columns.captions, columns.item_id), pa.string())
-    header = file.read(_HEADER).splitlines()[:1]
-    file.seek(0)
-    divider = next((d for d in ",;\t" if d.encode() in b"".join(header)), ",")
+    Commas divide the columns, or what spreadsheets write in their place: semicolons, tabs. A name that is known but for
+    its case (``File``) is taken for the known one."""
+    wanted = {*columns.media, *columns.captions, columns.item_id}
+    start, divider, header = _csv_header(file.read(_HEADER))
+    file.seek(start)
+    known = {name: name.lower() for name in header if name.lower() in wanted - set(header) and name not in wanted}
+    as_text = dict.fromkeys((*wanted, *known), pa.string())
     read = csv.read_csv(
         file,
         parse_options=csv.ParseOptions(newlines_in_values=True, delimiter=divider),
         convert_options=csv.ConvertOptions(column_types=as_text, strings_can_be_null=True),
     )
-    for batch in read.to_batches(_ROWS):
+    for batch in read.rename_columns([known.get(name, name) for name in read.column_names]).to_batches(_ROWS):
         yield from batch.to_pylist()
+
+
+def _csv_header(head: bytes) -> tuple[int, str, list[str]]:
+    """Where in a CSV file its header starts, behind blank lines and a spreadsheet's ``sep=;``; what divides the columns
+    (that, or what is most frequent outside of quotes), and their names."""
+    start, said = 0, ""
+    for line in head.splitlines(keepends=True):
+        bare = line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n")
+        sep = re.fullmatch(rb"sep=([,;:|\t])", bare, re.IGNORECASE)
+        if bare.strip() and sep is None:
+            break
+        said = sep[1].decode() if sep else said
+        start += len(line)
+    text = head[start:].decode("utf-8-sig", errors="replace")
+    first = re.split(r"[\r\n]", re.sub(r'"[^"]*"', "", text), maxsplit=1)[0]
+    divider = said or max(",;\t", key=first.count)
+    return start, divider, next(rows_of(io.StringIO(text, newline=""), delimiter=divider), [])
 
 
 def read_sidecar(data: bytes, name: str, columns: Columns = Columns()) -> Described:

@@ -164,6 +164,21 @@ def test_spreadsheets_divide_columns_as_they_like(three: Path, divider: str) -> 
     assert json.loads(found["pictures/b.png"]["attributes"]) == {"year": 7}
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        'file;caption;"size, cm"', "sep=;\nfile;caption;size", "\n  \nfile;caption;size", "File;Caption;size",
+        'SEP=;\n"FILE";"caption";"size\nin, cm, or, so"',
+    ],
+)  # fmt: skip
+def test_headers_are_read_as_spreadsheets_write_them(three: Path, header: str) -> None:
+    text = f"{header}\npictures/a.png;a square, red;7\npictures/b.png;2001;8\n"
+    (three / "captions.csv").write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig")
+    found = _by_uri(_list(three))
+    assert [found[f"pictures/{n}.png"]["captions"] for n in "ab"] == [["a square, red"], ["2001"]]
+    assert list(json.loads(found["pictures/b.png"]["attributes"]).values()) == [8]
+
+
 def test_captions_in_a_column_of_another_name_are_asked_for(three: Path) -> None:
     (three / "captions.csv").write_text("file,year,title\npictures/a.png,2001,a square\n")
     assert "if they are in 'title', say so with corpus.caption_columns" in _list(three).summary
