@@ -41,9 +41,7 @@ def status_table(store: Store) -> Table:
     current = store.current().snapshot
     sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
     if not any(sizes.values()):
-        raise StoreError(
-            "there is nothing in this store", where=store.uri, remedy="Check --store, or begin with `ace ingest`."
-        )
+        raise _nothing_in(store)
     table = Table(title=store.uri, title_justify="left")
     for name in ("", "snapshot", "made", "by", "from"):
         table.add_column(name)
@@ -80,6 +78,9 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
 
     Returns:
         what was deleted (or would be), as ``kind/id``.
+
+    Raises:
+        StoreError: there is nothing.
     """
     parts = {kind: store.parts(kind) for kind in KINDS}
     now = datetime.now(UTC)
@@ -90,6 +91,8 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
         if not dry_run:
             store.delete_part(kind, manifest.id)
     left = _left_behind(store, limit)
+    if not left and not any(parts.values()):
+        raise _nothing_in(store)
     for name in left:
         if not dry_run:
             store.delete(name)
@@ -100,6 +103,12 @@ def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta,
         also += f"; kept: {counted(kept, 'part')} younger than {hours:g} h (--min-age-hours), or needed by one that is"
     reporter.say(f"{verb} {counted(len(doomed), 'part')}, {freed / 1e6:,.1f} MB{also}")
     return [*(f"{kind}/{m.id}" for kind, m in doomed), *left]
+
+
+def _nothing_in(store: Store) -> StoreError:
+    return StoreError(
+        "there is nothing in this store", where=store.uri, remedy="Check --store, or begin with `ace ingest`."
+    )
 
 
 def _unneeded(

@@ -72,6 +72,8 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
         (["search", "x"], 5, "ace publish"),
         (["search", "two", "words", "-k", "3"], 5, "ace publish"),
         (["status", "--store", "/dev/null/store"], 5, "nothing in this store"),
+        (["gc", "--store", "/dev/null/store"], 5, "nothing in this store"),
+        (["gc"], 5, "nothing in this store"),
         (["evaluate"], 5, "ace publish"),
         (["serve"], 5, "ace publish"),
         (["add"], 5, "ace publish"),
