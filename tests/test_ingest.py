@@ -182,8 +182,20 @@ def test_headers_are_read_as_spreadsheets_write_them(three: Path, header: str) -
 def test_captions_in_a_column_of_another_name_are_asked_for(three: Path) -> None:
     (three / "captions.csv").write_text("file,year,title\npictures/a.png,2001,a square\n")
     assert "if they are in 'title', say so with corpus.caption_columns" in _list(three).summary
+    wrong = list_corpus(CorpusSettings(path=str(three), caption_columns=("titel",)))
+    assert "captions are looked for as titel: if they are in 'title'" in wrong.summary
     named = list_corpus(CorpusSettings(path=str(three), caption_columns=("title",)))
     assert named.summary == "found 3 images, 1 of them with captions (captions.csv)"
+
+
+def test_a_captions_file_of_a_kind_that_is_not_read_is_said(three: Path) -> None:
+    (three / "captions.json").write_text('[{"file": "pictures/a.png", "caption": "a square"}]')
+    assert "; captions.json is not read: captions are in captions.jsonl, captions.csv" in _list(three).summary
+    write_picture(three / "captions.png", "red", "square")  # now it is said about that picture
+    assert "not read" not in _list(three).summary
+    (three / "captions.png").unlink()
+    (three / "captions.csv").write_text("file,caption\npictures/a.png,a square\n")
+    assert "not read" not in _list(three).summary
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])

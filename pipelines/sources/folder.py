@@ -68,7 +68,12 @@ class FolderSource:
             said += f"; {shards:,} tar files left aside (corpus.format=webdataset reads those instead)"
         if strange := Counter({suffix: n for suffix, n in other.items() if suffix not in _KNOWN_OTHERS}):
             said += f"; files of other kinds left out ({_some(strange)})"
-        return listing(self._location, [found.table()], said, where=settings.path, empty="there are no media here")
+        if captions_name is None and (unread := self._captions_of_other_kinds(media)):
+            said += (
+                f"; {unread} is not read: captions are in {', '.join(CAPTIONS_NAMES)}, or where corpus.captions says"
+            )
+        empty = "there are no media here"
+        return listing(self._location, [found.table()], said, columns=self._columns, where=settings.path, empty=empty)
 
     def _media(self) -> tuple[dict[str, Modality], dict[str, str], Counter[str]]:
         """Modality by file, a name with the right suffix for each file that has none, and how many files of which other
@@ -93,6 +98,12 @@ class FolderSource:
                 remedy=f"ACE reads {', '.join(sorted(SUFFIXES))}.",
             )
         return media, sniffed, other
+
+    def _captions_of_other_kinds(self, media: Iterable[str]) -> str:
+        """What looks like the captions file, in the corpus folder itself, and has another name than the usual ones."""
+        stems = {name: posixpath.splitext(name)[0] for name in self._files}
+        beside = {stems[name] for name in media}
+        return ", ".join(name for name, s in stems.items() if s.lower() == "captions" and s not in beside)
 
     def _read_sidecars(self, media: Iterable[str]) -> dict[str, Described]:
         """Same-named .txt and .json files, by media file."""

@@ -20,7 +20,7 @@ from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import fingerprint
 from ace_store import Location, Store
-from pipelines.captions import CAPTION_COLUMNS, Described
+from pipelines.captions import Columns, Described
 
 LISTING_SCHEMA = pa.schema(
     [
@@ -35,7 +35,6 @@ LISTING_SCHEMA = pa.schema(
     ]
 )
 FOUND_SCHEMA = pa.unify_schemas([LISTING_SCHEMA, ERRORS_SCHEMA])
-_USUAL = ", ".join(CAPTION_COLUMNS)
 _REVISION = 1  # raise it when the same file is listed otherwise than before
 
 
@@ -112,12 +111,15 @@ class Found:
         return pa.table(self._columns, schema=FOUND_SCHEMA)
 
 
-def listing(location: Location, found: Iterable[pa.Table], described_as: str, *, where: str, empty: str) -> Listing:
+def listing(
+    location: Location, found: Iterable[pa.Table], described_as: str, *, columns: Columns, where: str, empty: str
+) -> Listing:
     """Put together what a source found; the second item with an id that one before has becomes an error.
 
     Args:
         found: tables of :data:`FOUND_SCHEMA`.
         described_as: ends the summary ("found 3 images" + this); ``{captioned}`` in it is replaced.
+        columns: what captions were looked for as.
         where: the corpus, and
         empty: what to say when there is no item in it.
 
@@ -138,7 +140,8 @@ def listing(location: Location, found: Iterable[pa.Table], described_as: str, *,
     captioned = pc.sum(pc.greater(pc.list_value_length(items.column("captions")), 0)).as_py()
     summary = f"found {_counts(items)}{described_as.format(captioned=f'{captioned:,}')}"
     if not captioned and (names := _texts_about(items)):
-        summary += f"; captions are looked for as {_USUAL}: if they are in {names}, say so with corpus.caption_columns"
+        asked = ", ".join(columns.captions)
+        summary += f"; captions are looked for as {asked}: if they are in {names}, say so with corpus.caption_columns"
     return Listing(location, items, errors, summary)
 
 
@@ -158,10 +161,11 @@ def _without_repeated_ids(items: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 def _texts_about(items: pa.Table) -> str:
     """Names of the attributes that are texts, of the first item that has one: where captions might be."""
-    for attributes in items.column("attributes").to_pylist():
-        texts = [] if attributes == "{}" else [n for n, v in json.loads(attributes).items() if isinstance(v, str)]
-        if texts:
-            return " or ".join(map(repr, texts))
+    for batch in items.select(["attributes"]).to_batches(max_chunksize=1000):
+        for attributes in batch.column(0).to_pylist():
+            texts = [] if attributes == "{}" else [n for n, v in json.loads(attributes).items() if isinstance(v, str)]
+            if texts:
+                return " or ".join(map(repr, texts))
     return ""
 
 

@@ -90,7 +90,8 @@ class TableSource:
         names = ", ".join(list(self._files)[:2]) + (", ..." if len(self._files) > 2 else "")
         rows = sum(table.num_rows for table in found) if self._rows == 0 else self._rows
         said = f" in a table of {rows:,} rows ({names}), {{captioned}} of them with captions"
-        return listing(root, found, said, where=self._settings.path, empty="not one row of the table is an item")
+        empty = "not one row of the table is an item"
+        return listing(root, found, said, columns=self._columns, where=self._settings.path, empty=empty)
 
     def _bytes_column(self, name: str) -> str | None:
         """The column of a Parquet file that holds media, or None."""

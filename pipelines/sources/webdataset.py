@@ -71,7 +71,7 @@ class WebDatasetSource:
         count = len(self._files)
         said = f" in a webdataset of {count:,} shard{'s' * (count != 1)}, {{captioned}} of them with captions"
         empty = f"there are no media in these {count:,} tar shards"
-        return listing(self._location, found, said, where=self._settings.path, empty=empty)
+        return listing(self._location, found, said, columns=self._columns, where=self._settings.path, empty=empty)
 
     def _shard(self, name: str, info: fs.FileInfo) -> pa.Table:
         """What one shard holds. What is cut off or damaged in it is an error row; what came before is not lost."""
