@@ -120,7 +120,7 @@ class QueryEncoder:
             ModelError: the modality's encoder cannot be had here.
         """
         encoder = self._media_encoder(modality)
-        raw = encoder.encode([encoder.decode(data)])
+        raw = encoder.encode([encoder.decoder(data)])
         with torch.inference_mode():
             return _as_query(self._aligner.item(modality, torch.from_numpy(raw).to(self._device)))
 

@@ -140,7 +140,7 @@ def _loop(settings: Settings, paths: list[str]) -> float:
     encoder = load_media_encoder(modality, settings.encoders.media(modality), limits)
     began = time.perf_counter()
     for first in range(0, len(paths), _BATCH):
-        encoder.encode([encoder.decode(Path(path).read_bytes()) for path in paths[first : first + _BATCH]])
+        encoder.encode([encoder.decoder(Path(path).read_bytes()) for path in paths[first : first + _BATCH]])
     return time.perf_counter() - began
 
 

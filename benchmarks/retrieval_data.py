@@ -146,7 +146,7 @@ def _features(data: Path, name: str, entries: Sequence[dict], cache: Path) -> np
         return np.load(path)
     out = []
     for i in range(0, len(entries), _BATCH):
-        batch = [encoder.decode((data / name / e["path"]).read_bytes()) for e in entries[i : i + _BATCH]]
+        batch = [encoder.decoder((data / name / e["path"]).read_bytes()) for e in entries[i : i + _BATCH]]
         out.append(encoder.encode(batch))
         print(f"  {name}: {i + len(batch)} of {len(entries)} items encoded", flush=True)
     features = np.concatenate(out).astype(np.float32)

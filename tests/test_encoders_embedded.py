@@ -125,16 +125,16 @@ def png(pixels: np.ndarray) -> bytes:
 
 def test_lite0_encodes_files() -> None:
     encoder = Lite0Images(LIMITS)
-    decoded = [encoder.decode(png(p)) for p in PIXELS]
+    decoded = [encoder.decoder(png(p)) for p in PIXELS]
     assert all((d == p).all() for d, p in zip(decoded, PIXELS))
     vectors = encoder.encode(decoded)
     assert vectors.shape == (2, encoder.dim) and vectors.dtype == np.float32
     expected = unfolded_lite0(read_weights(), lite0_input(PIXELS)).numpy()
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
     assert encoder.encode([]).shape == (0, encoder.dim)
-    assert encoder.decode(png(PIXELS[0][:100])).shape == (224, 224, 3)
+    assert encoder.decoder(png(PIXELS[0][:100])).shape == (224, 224, 3)
     with pytest.raises(MediaError):
-        encoder.decode(b"no picture")
+        encoder.decoder(b"no picture")
     many = encoder.encode([*decoded] * 10)  # more than runs at once
     assert np.allclose(many[::2], vectors[0], atol=1e-5) and np.allclose(many[1::2], vectors[1], atol=1e-5)
 
@@ -212,8 +212,8 @@ def test_log_mel_vectors() -> None:
     assert encoder.encode([]).shape == (0, encoder.dim)
     out = io.BytesIO()
     soundfile.write(out, notes(SCALE), RATE, format="WAV", subtype="FLOAT")
-    assert (encoder.decode(out.getvalue()) == notes(SCALE)).all()
-    assert len(encoder.decode(out.getvalue(), 0.5, 1.0)) == RATE // 2
+    assert (encoder.decoder(out.getvalue()) == notes(SCALE)).all()
+    assert len(encoder.decoder(out.getvalue(), 0.5, 1.0)) == RATE // 2
 
 
 TIMBRE, RHYTHM, INTERVALS = slice(0, 320), slice(576, 720), slice(720, None)

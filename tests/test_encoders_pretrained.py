@@ -209,7 +209,7 @@ def test_sounds_are_decoded_at_the_models_rate(tmp_path: Path) -> None:
     out = io.BytesIO()
     soundfile.write(out, RNG.uniform(-0.5, 0.5, (22_050, 2)), 22_050, format="WAV")
     encoder = sounds(path)
-    assert encoder.decode(out.getvalue()).shape == (48_000,)
+    assert encoder.decoder(out.getvalue()).shape == (48_000,)
     assert np.isfinite(encoder.encode([np.zeros(10, np.float32)])).all()
 
 

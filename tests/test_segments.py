@@ -219,7 +219,7 @@ def test_the_sampling_is_part_of_what_an_encoder_is() -> None:
     )
     assert by_scenes.identity != uniform.identity
     film = _film([(0, 7), (1, 0.8), (2, 0.8), (3, 1.4)])
-    assert _colours(by_scenes.decode(film)) == [0, 1, 2, 3] != _colours(uniform.decode(film))
+    assert _colours(by_scenes.decoder(film)) == [0, 1, 2, 3] != _colours(uniform.decoder(film))
 
 
 # -- batches that are tried out ----------------------------------------------------------------------------------

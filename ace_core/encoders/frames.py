@@ -44,10 +44,6 @@ class FrameVideos:
         self.dim = 2 * WIDTH + frames * _CELLS**2
         self.identity = fingerprint("frames", _REVISION, self._images.identity, frames, *sampled(sampling))
 
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(frames, 224, 224, 3) uint8."""
-        return self.decoder(data, start, end)
-
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, dim) float32, L2-normalised, of n (frames, 224, 224, 3) uint8 clips."""
         if not batch:

@@ -131,10 +131,6 @@ class Lite0Images:
         self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.identity = identity_of(weights, "efficientnet-lite0", SIDE)
 
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(224, 224, 3) uint8."""
-        return self.decoder(data)
-
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(n, 1280) float32, L2-normalised, of n (224, 224, 3) uint8 pictures."""
         return normalised(self.features(batch))

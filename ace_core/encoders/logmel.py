@@ -101,12 +101,8 @@ class LogMelSounds:
         notes = np.arange(_LOWEST_NOTE - 1, _LOWEST_NOTE + _SEMITONES + 1)
         return _triangles(440.0 * 2 ** ((notes - 69) / 12), _WINDOW // 2 + 1, RATE)
 
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(samples,) float32, mono at 16 kHz."""
-        return self.decoder(data, start, end)
-
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
-        """(n, dim) float32, L2-normalised, of n sounds of any lengths."""
+        """(n, dim) float32, L2-normalised, of n sounds (samples,) float32, mono at 16 kHz, of any lengths."""
         if not batch:
             return np.empty((0, self.dim), np.float32)
         return normalised(np.stack([self.features(samples) for samples in batch]))

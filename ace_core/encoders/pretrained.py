@@ -59,7 +59,7 @@ class PretrainedEncoder(ABC):
         """What the model is called with for these input arrays."""
 
     def encode(self, batch: Sequence[np.ndarray]) -> np.ndarray:
-        """(n, dim) float32, L2-normalised."""
+        """(n, dim) float32, L2-normalised, of n files as ``decoder`` gives them."""
         if not batch:
             return np.empty((0, self.dim), np.float32)
         return normalised(self._features(self._inputs(batch)).float().cpu().numpy())
@@ -100,10 +100,6 @@ class PretrainedImages(PretrainedEncoder):
         # Twice what the processor shrinks it to: its own filter does the last step.
         self.decoder = guarded(ImageDecoder(limits, min_side=2 * side or None))
 
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(h, w, 3) uint8."""
-        return self.decoder(data)
-
     def _blank(self) -> np.ndarray:
         return np.zeros((64, 64, 3), np.uint8)
 
@@ -121,10 +117,6 @@ class PretrainedSounds(PretrainedEncoder):
 
         super().__init__(path, AutoFeatureExtractor, device)
         self.decoder = guarded(AudioDecoder(limits, self._processor.sampling_rate))
-
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(samples,) float32, mono at the model's own rate."""
-        return self.decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros(self._processor.sampling_rate, np.float32)
@@ -180,10 +172,6 @@ class PretrainedVideos(PretrainedEncoder):
             )
         names = ("get_image_features",) if self._frame_by_frame else ("get_video_features",)
         return next((name for name in names if hasattr(self._model, name)), None)
-
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """(frames, h, w, 3) uint8."""
-        return self.decoder(data, start, end)
 
     def _blank(self) -> np.ndarray:
         return np.zeros((self._frames, 64, 64, 3), np.uint8)

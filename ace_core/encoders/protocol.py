@@ -66,7 +66,8 @@ class MediaEncoder(Protocol):
         dim: width d_m of its vectors.
         identity: hash of the weights and of every setting that changes a vector.
         shares_text_space: whether its vectors can be compared with those of its own text tower.
-        decoder: what ``decode`` calls; opens a long file once for all its parts.
+        decoder: makes an input of ``encode`` of a file, or of its part from .. to .. seconds (pictures have no parts);
+            raises MediaError where it cannot.
     """
 
     @property
@@ -80,16 +81,8 @@ class MediaEncoder(Protocol):
     @property
     def decoder(self) -> Decoder | IsolatedDecoder: ...
 
-    def decode(self, data: bytes, start: float | None = None, end: float | None = None) -> Any:
-        """One file (or its part from ``start`` to ``end`` seconds; pictures have no parts) as one input of ``encode``.
-
-        Raises:
-            MediaError: the file cannot be decoded.
-        """
-        ...
-
     def encode(self, batch: Sequence[Any]) -> np.ndarray:
-        """(n, d_m) float32, L2-normalised, of n inputs from ``decode``."""
+        """(n, d_m) float32, L2-normalised, of n inputs."""
         ...
 
 
