@@ -110,9 +110,9 @@ def test_files_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
     write_picture(tmp_path / "a.png", "red", "square")
     (tmp_path / "a.txt").write_text("a square")
     assert _list(tmp_path).summary == "found 1 image, 1 of them with captions"
-    for name in ("IMG_1.HEIC", "IMG_2.heic", "b.cr2", "noted"):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "b.{x}", "noted"):
         (tmp_path / name).write_bytes(b"x")
-    assert _list(tmp_path).summary.endswith("; files of other kinds left out (2 .heic, 1 .cr2, 1 no suffix)")
+    assert _list(tmp_path).summary.endswith("; files of other kinds left out (2 .heic, 1 .{x}, 1 no suffix)")
 
 
 def test_a_corpus_that_is_not_where_it_is_said_to_be_names_the_one_of_the_store(tmp_path: Path) -> None:

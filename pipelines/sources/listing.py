@@ -138,7 +138,7 @@ def listing(
         items, twice = _without_repeated_ids(items)
         errors = pa.concat_tables([errors, twice])
     captioned = pc.sum(pc.greater(pc.list_value_length(items.column("captions")), 0)).as_py()
-    summary = f"found {_counts(items)}{described_as.format(captioned=f'{captioned:,}')}"
+    summary = f"found {_counts(items)}{described_as.replace('{captioned}', f'{captioned:,}')}"
     if not captioned and (names := _texts_about(items)):
         asked = ", ".join(columns.captions)
         summary += f"; captions are looked for as {asked}: if they are in {names}, say so with corpus.caption_columns"
