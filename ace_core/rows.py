@@ -13,9 +13,8 @@ from ace_core.kernels.compiled import LOW, PARENT, SCORE, row_words
 class Rows:
     """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
 
-    All that is known of a row lies side by side, in words of eight bytes: a compiled loop is handed one array, not six,
-    which for a beam's few children is half of its time, and a row is two or three cache lines instead of six. The
-    properties are views.
+    All that is known of a row lies side by side, in words of eight bytes: a compiled loop is handed one array, not six
+    (docs/LOG.md says what that saves), and a row is two or three cache lines. The properties are views.
 
     Attributes:
         level: tokens spelled so far.
