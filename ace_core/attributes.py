@@ -136,7 +136,8 @@ def matching(attributes: pa.StructArray, filters: Mapping[str, FilterValue]) -> 
         column = attributes.field(name)
         try:
             keep &= _matches(name, column, wanted)
-        except pa.ArrowException:
+        # Another kind of value, a number of more than 64 bits, half of a surrogate pair.
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError):
             raise QueryError(
                 f"the filter value {wanted!r} cannot be compared with {_KINDS.get(str(column.type), column.type)}",
                 where=f"filters.{name}",

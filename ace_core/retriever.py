@@ -29,6 +29,7 @@ from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
 from ace_core.items import MODALITIES, Modality
+from ace_core.no_hits import why_nothing
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
 from ace_core.query_encoder import QueryEncoder
@@ -72,6 +73,7 @@ class Retriever:
         indexes = [gallery.index for gallery in self._galleries]
         self._walk = Walk(indexes) if device == "cpu" else TensorWalk(indexes, device)
         self._masks: OrderedDict[str, list[ItemMask | None]] = OrderedDict()
+        self._notes: OrderedDict[str, str] = OrderedDict()
 
     @classmethod
     def open(
@@ -177,6 +179,16 @@ class Retriever:
                 answers[number] = hits
         return answers
 
+    def why_nothing(self, modalities: Sequence[Modality], filters: Mapping[str, FilterValue]) -> str:
+        """Why a search of these modalities, under these filters, finds nothing at all: one sentence, with the values
+        that there are (:mod:`ace_core.no_hits`); empty where it finds something."""
+        key = _key(modalities, filters)
+        if key not in self._notes:
+            self._notes[key] = why_nothing(self.snapshot, modalities, filters)
+            if len(self._notes) > _MASK_CACHE:
+                self._notes.popitem(last=False)
+        return self._notes[key]
+
     def item(self, item_id: str) -> StoredItem | None:
         """What the snapshot holds of an item, or None."""
         found = self.snapshot.find(item_id)
@@ -184,7 +196,7 @@ class Retriever:
 
     def _item_masks(self, request: SearchRequest) -> list[ItemMask | None]:
         """One mask a segment: live items of the wanted modalities that pass the filters; None where all do."""
-        key = json.dumps([sorted(request.modalities), dict(request.filters)], sort_keys=True, default=str)
+        key = _key(request.modalities, request.filters)
         if key in self._masks:
             self._masks.move_to_end(key)
             return self._masks[key]
@@ -288,6 +300,10 @@ class Retriever:
                 items |= zip(here, segment.items_at(rows))
                 vectors[here] = segment.gallery.vectors(rows, self._quantizer)
         return [items[i] for i in range(len(chosen))], vectors
+
+
+def _key(modalities: Sequence[Modality], filters: Mapping[str, FilterValue]) -> str:
+    return json.dumps([sorted(modalities), dict(filters)], sort_keys=True, default=str)
 
 
 def _modalities(given: Modality | str | Sequence[Modality | str] | None) -> tuple[Modality, ...]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from ace_core.attributes import FilterValue, check_names
 from ace_core.config import Settings
 from ace_core.errors import CorpusError, QueryError, StoreError
+from ace_core.no_hits import why_nothing
 from ace_core.segment import Segment, item_versions
 from ace_core.snapshot import Snapshot, SnapshotManifest, unwanted_rows
 from ace_store import Current, Store
@@ -126,6 +127,8 @@ def remove_stage(
         starts = np.cumsum([0, *(len(p) for p in passes)])
         unwanted |= np.concatenate(passes)[starts[number] + row]
     leaving |= unwanted
+    if filters and (why := why_nothing(snapshot, (), filters)):
+        reporter.say(why)
     if not leaving.any():
         reporter.say(f"snapshot {snapshot.id}: no such item, nothing to remove")
         return snapshot.manifest

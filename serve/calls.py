@@ -73,6 +73,7 @@ class Reply:
         stages: seconds spent by stage: ``queue``, ``example`` (decoding an upload), ``search``.
         batch: queries that were decoded together with this call's.
         beam: beam width that was used.
+        note: why nothing was found, where no item is of the modalities and passes the filters.
     """
 
     state: ReplicaState
@@ -81,6 +82,7 @@ class Reply:
     stages: Mapping[str, float]
     batch: int
     beam: int
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ class Engine:
                 stages=stages,
                 batch=queries,
                 beam=max(self._settings.beam, waiting.call.options.k),
+                note="" if any(hits) else _why_nothing(live, waiting.call.options),
             )
         return answers
 
@@ -268,10 +269,18 @@ def _request(options: Options, *, text: str | None = None, example: Example | No
         vector=None if example is None else example.vector,
         examples=() if example is None else example.items,
         k=options.k,
-        modalities=tuple(Modality(m) for m in options.modalities),
+        modalities=_modalities(options),
         filters=options.filters,
         mode=options.mode,
     )
+
+
+def _modalities(options: Options) -> tuple[Modality, ...]:
+    return tuple(Modality(m) for m in options.modalities)
+
+
+def _why_nothing(live: Retriever, options: Options) -> str:
+    return live.why_nothing(_modalities(options), options.filters)
 
 
 def _missing(call: ExampleCall) -> Refusal:

@@ -170,6 +170,7 @@ class SearchResponse(BaseModel):
                     "snapshot": "3f2a90c1d4e5",
                     "threshold": 0.31,
                     "took_ms": 12.5,
+                    "note": None,
                     "results": [{"query": "a red fruit", "confident": True, "hits": [_HIT_EXAMPLE]}],
                 }
             ]
@@ -178,6 +179,9 @@ class SearchResponse(BaseModel):
     snapshot: str
     threshold: float
     took_ms: float
+    note: str | None = Field(
+        None, description="where no item passes the modalities and filters: why, and which values there are"
+    )
     results: list[Result]
 
 

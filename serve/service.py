@@ -101,7 +101,11 @@ class Service:
             kept = [h for h in hits if wanted.threshold is None or h.score >= wanted.threshold]
             results.append(Result(query=query, confident=confident, hits=[self._hit(h, wanted.explain) for h in kept]))
         return SearchResponse(
-            snapshot=reply.state.snapshot, threshold=threshold, took_ms=round(seconds * 1000, 2), results=results
+            snapshot=reply.state.snapshot,
+            threshold=threshold,
+            took_ms=round(seconds * 1000, 2),
+            note=reply.note or None,
+            results=results,
         )
 
     async def _ask(self, call: TextCall | ExampleCall) -> Reply:

@@ -21,6 +21,7 @@ from ace_core.errors import QueryError
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, write_manifest
 from ace_core.media.kinds import mime_of
+from ace_core.no_hits import why_nothing
 from ace_core.query import Hit
 from ace_core.segment_writer import write_segment
 from ace_core.snapshot import Snapshot, SnapshotManifest, part_ref, write_snapshot
@@ -210,7 +211,10 @@ class WordBackend:
         except QueryError as e:
             return Refusal("query", e.found, e.where, e.remedy)
         stages = {"queue": 0.001, "search": 0.002}
-        return Reply(self._state(snapshot), results, THRESHOLD, stages, len(texts), 20)
+        note = ""
+        if not any(results):
+            note = why_nothing(snapshot, [Modality(m) for m in call.options.modalities], call.options.filters)
+        return Reply(self._state(snapshot), results, THRESHOLD, stages, len(texts), 20, note)
 
     def _rank(self, snapshot: Snapshot, text: str, call: TextCall | ExampleCall) -> tuple[Hit, ...]:
         words = set(text.lower().split()) - {"a"}

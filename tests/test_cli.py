@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ace_core.errors import AceError, MediaError, QualityError
+from ace_core.errors import AceError, MediaError, QualityError, QueryError
 from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import cli
 from pipelines.cluster import reraise
 from pipelines.describe import describe_settings
+from pipelines.search import Answer, parse_filters
 
 COMMANDS = ["ingest", "publish", "search", "evaluate", "serve", "demo", "settings", "fit"]
 
@@ -104,9 +105,38 @@ def test_no_command_is_answered_with_the_help_alone(capsys: pytest.CaptureFixtur
 
 def test_the_words_of_a_search_need_no_quotes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("pipelines.search.search_once", lambda *args, **_: asked.append(args[2]) or ([], 0.0))
+    monkeypatch.setattr("pipelines.search.search_once", lambda *args, **_: asked.append(args[2]) or Answer([], 0.0))
     assert cli.main(["search", "a", "red fruit", "-k", "3", "--store", str(tmp_path)]) == 0
     assert asked == ["a red fruit"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        ("when=2024-01-02", "2024-01-02"),
+        ("when={gte: 2024-01-02}", {"gte": "2024-01-02"}),
+        ("at=12:30:45", "12:30:45"),
+        ("left=no", "no"),
+        ("code=007", "007"),
+        ("name=null", "null"),
+        ("name=", ""),
+        ("year=2010", 2010),
+        ("year=[2010, -1]", [2010, -1]),
+        ("price=.5", 0.5),
+        ("price=1e-3", 0.001),
+        ("new=true", True),
+        ("like=trueish", "trueish"),
+    ],
+)
+def test_conditions_are_read_as_json_reads_values(condition: str, value: object) -> None:
+    [read] = parse_filters([condition]).values()
+    assert read == value and type(read) is type(value)
+
+
+def test_a_condition_that_is_no_condition_is_refused() -> None:
+    for condition in ("colour", "colour={gte: 1"):
+        with pytest.raises(QueryError, match="is not NAME=VALUE"):
+            parse_filters([condition])
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

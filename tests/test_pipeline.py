@@ -99,6 +99,11 @@ def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixt
     assert cli.main(arguments) == 0
     hits = json.loads(capsys.readouterr().out)
     assert [h["item_id"] for h in hits] == ["audio/005.flac"]
+    missed = ["search", "beep", "--store", world.settings.store, "--where", "colour=Red"]
+    assert cli.main(missed) == 0
+    assert 'nothing found: no item passes colour="Red": did you mean "red"?' in capsys.readouterr().err
+    assert cli.main([*missed, "--json"]) == 0
+    assert json.loads((said := capsys.readouterr()).out) == [] and "did you mean" in said.err
     assert cli.main(["search", "beep", "--store", world.settings.store, "-m", "smell"]) == 2
     assert "image, audio, video" in capsys.readouterr().err
     assert cli.main(["search", "beep", "--store", world.settings.store, "--where", "colour"]) == 2

@@ -90,6 +90,18 @@ def test_a_bad_call_does_not_spoil_its_neighbours(engine: Engine) -> None:
     assert isinstance(gone, Refusal) and gone.kind == "missing"
 
 
+def test_an_answer_that_filters_leave_empty_says_why(engine: Engine) -> None:
+    none, some, half = _answer(
+        engine,
+        _call(*TEXTS, filters={"parity": "ood"}),
+        _call(TEXTS[0]),
+        _call(TEXTS[0], filters={"number": "\ud800"}),
+    )
+    assert isinstance(none, Reply) and _ids(none) == [[], [], []] and 'did you mean "odd"?' in none.note
+    assert isinstance(some, Reply) and some.note == ""
+    assert isinstance(half, Refusal) and half.kind == "query"
+
+
 def test_what_nobody_foresaw_fails_one_call(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = _ids(_answer(engine, _call(TEXTS[0]))[0])
     search_batch = engine._live.search_batch

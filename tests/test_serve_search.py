@@ -38,6 +38,16 @@ def test_modality_filters_and_k_choose_what_comes_back(http: TestClient) -> None
     assert len(search_for(http, text="red", k=2)["results"][0]["hits"]) == 2
 
 
+def test_an_empty_answer_says_which_values_there_are(http: TestClient) -> None:
+    found = search_for(http, text="red", filters={"colour": "Blu"})
+    assert found["results"][0]["hits"] == [] and not found["results"][0]["confident"]
+    assert 'did you mean "blue"?' in found["note"] and '"red" (4)' in found["note"]
+    assert search_for(http, text="red", filters={"colour": "blue"})["note"] is None
+    assert search_for(http, text="quantum", threshold=0.4)["note"] is None  # dropped by the threshold: not the filters
+    by_item = http.post("/v1/search/by-example", json={"item_id": "red-circle", "filters": {"corners": 9}}).json()
+    assert by_item["note"] == "no item passes corners=9: corners goes from 0 to 4"
+
+
 def test_settings_give_the_default_k(shapes_store: Path, words: WordBackend) -> None:
     with client_of(settings_of(shapes_store, max_k=4), words) as http:
         assert len(search_for(http, text="red")["results"][0]["hits"]) == 4
