@@ -210,9 +210,6 @@ class SearchSettings(Section):
     scoring: Literal["vocabulary", "children"] = Field(
         "vocabulary", description="what a token's probability is a share of (mode: beam)"
     )
-    finish: int = Field(
-        0, ge=0, le=10_000, description="items left below the beam that are scored in one pass; 0 never (mode: beam)"
-    )
     k: int = Field(20, ge=1, le=1000, description="results returned by default")
     rerank: bool = Field(True, description="combine the generator's score with the similarity of the rebuilt item")
 

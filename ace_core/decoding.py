@@ -1,7 +1,9 @@
 """Constrained beam search: a model spells identifiers, the index lets it spell only those that exist.
 
 Level by level, batched over queries; the model keeps its own state (key-value cache) between levels, and is asked
-only about rows that live: three modalities at most after the first token, whatever the beam.
+only about rows that live: three modalities at most after the first token, whatever the beam. A branch stops as soon as
+one allowed item is left in it: renormalised over its children, what is left of its identifier is certain; otherwise its
+tokens are scored in one pass when all branches have stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ace_core.walk import MaskAddresses, Masks, Walk, draft_widths
 
 Scoring = Literal["vocabulary", "children"]
 """Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
-and snapshots), or the allowed children of its row."""
+and snapshots), or the allowed children of its row, where the model is asked about fewer rows."""
 
 Segments = Sequence[ConstraintIndex] | Walk | TensorWalk
 """Indexes to search as one; a :class:`Walk` saves preparing them for each call, a :class:`TensorWalk` searches on its
@@ -67,7 +69,6 @@ def beam_search(
     beam: int = 20,
     limit: int | None = None,
     scoring: Scoring = "vocabulary",
-    finish: int = 0,
 ) -> Candidates:
     """Spell the most probable identifiers that exist, and return their items.
 
@@ -82,10 +83,6 @@ def beam_search(
         beam: identifiers kept at each level.
         limit: candidates returned for a query at most; by default four for each row of the beam.
         scoring: see :data:`Scoring`.
-        finish: as soon as no query has more than this many items below its rows, all of them are scored in one pass
-            of the model instead of level by level. What is found is at least as probable as without. 0 never does;
-            ``scoring="vocabulary"`` only (the other needs every row's children), and not on a :class:`TensorWalk`,
-            where looking would hold up the device.
 
     Returns:
         Candidates, of at most ``limit`` columns.
@@ -96,7 +93,7 @@ def beam_search(
         if isinstance(walk, TensorWalk):
             rows = _spell_on_device(model, query, walk, masks, beam, renormalise)
         else:
-            rows = _spell(model, query, walk, masks, beam, renormalise, 0 if renormalise else finish)
+            rows = _spell(model, query, walk, masks, beam, renormalise)
     return _candidates(walk, rows, masks, limit or 4 * beam)
 
 
@@ -144,10 +141,10 @@ def verified_search(
         width = rows.width
         if width:
             state = model.start(query)
-            codes = torch.from_numpy(np.ascontiguousarray(rows.codes[:, :width])).to(state.modality_logp.device)
+            codes = _tensor(rows.codes[:, :width], state.modality_logp.device)
             first = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
             exact = torch.cat([first, model.score(state, codes, None, 1)], 2) if walk.levels > 1 else first
-            rows = _reordered(rows, _numpy(exact), width)
+            rows = _reordered(rows, _numpy(exact))
     return _candidates(walk, rows, masks, limit or 2 * draft)
 
 
@@ -167,7 +164,7 @@ def search_candidates(
     """
     beam = beam or settings.beam
     if settings.mode == "beam":
-        found = beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring, finish=settings.finish)
+        found = beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring)
         if not (settings.pool and settings.rerank):
             return found
         return pooled(found, one_shot_search(model, query, segments, masks, draft=settings.pool))
@@ -181,23 +178,97 @@ def _prepared(segments: Segments) -> Walk | TensorWalk:
 
 def _spell(
     model: SpellingModel, query: QueryBatch, walk: Walk, masks: Masks | Sequence[Masks] | None,
-    beam: int, renormalise: bool, finish: int,
+    beam: int, renormalise: bool,
 ) -> Rows:  # fmt: skip
-    addresses = walk.masks(masks, len(query))
-    rows = walk.root(len(query))
-    state = model.start(query)
-    log_probs = state.modality_logp[:, None, :]
+    """The beam's rows after the last token."""
+    queries = len(query)
+    addresses, allowed = walk.masks(masks, queries), walk.checked_masks(masks, queries)
+    rows, state = walk.root(queries), model.start(query)
+    log_probs = _numpy(state.modality_logp[:, None, :])
+    place = np.zeros((queries, 1), np.int64)  # where the state has each row
     for level in range(walk.levels):
         if level:
-            width = rows.width
-            if not width:
+            asked = np.arange(rows.width) < rows.live[:, None]
+            if not asked.any():
                 break
-            tokens, parents = _tokens(rows, width, log_probs.device), _parents(rows, width, log_probs.device)
-            if walk.levels - level > 1 and walk.items_below(rows).max() <= finish:
-                return _finish(model, state, walk, rows, addresses, finish, parents, beam)
-            log_probs, state = model.step(state, tokens, parents if level > 1 else None, level)
-        rows = walk.expand(rows, _numpy(log_probs), beam, addresses, renormalise=renormalise)
+            open_ = asked & (_allowed_below(walk, rows, allowed) > 1)
+            if renormalise:
+                asked = open_
+            elif walk.levels - level > 1 and not open_.any():
+                return _score_rest(model, state, walk, rows, addresses, place)
+            log_probs, state, place = _step(model, state, rows, asked, place, walk.vocab_sizes[level])
+        rows = walk.expand(rows, log_probs, beam, addresses, renormalise=renormalise)
     return rows
+
+
+def _step(
+    model: SpellingModel, state: Any, rows: Rows, asked: np.ndarray, place: np.ndarray, vocabulary: int
+) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Ask the model about some of the rows.
+
+    Args:
+        asked: (n, width) bool, the rows that have more than one next token.
+        place: (n, B) int64, the state's number of each row that these rows continue.
+
+    Returns:
+        Log-probabilities (n, width, V) of the next token, 0 in other rows ((n, 1, V) where there are only others); the
+        state that knows the rows asked about, and their place in it, (n, width).
+    """
+    queries, width = asked.shape
+    most = int(asked.sum(1).max())
+    if not most:
+        return np.zeros((queries, 1, vocabulary), np.float32), state, place
+    # the rows asked about come first; what fills a query up to the fullest one is not used
+    chosen = np.arange(width)[None] if most == width else np.argsort(~asked, axis=1, kind="stable")[:, :most]
+    device = state.modality_logp.device
+    tokens = _tensor(np.take_along_axis(rows.codes[..., rows.level - 1], chosen, 1), device)
+    parents = _tensor(_parents(rows, place, chosen), device) if rows.level > 1 else None
+    found, state = model.step(state, tokens, parents, rows.level)
+    log_probs = _numpy(found)
+    if most < width:
+        scattered = np.zeros((queries, width, vocabulary), log_probs.dtype)
+        np.put_along_axis(scattered, chosen[..., None], log_probs, 1)
+        log_probs = scattered
+    place = np.zeros((queries, width), np.int64)
+    np.put_along_axis(place, chosen, np.arange(most)[None], 1)
+    return log_probs, state, place
+
+
+def _score_rest(
+    model: SpellingModel, state: Any, walk: Walk, rows: Rows, addresses: MaskAddresses, place: np.ndarray
+) -> Rows:
+    """Complete rows of one allowed item each, the remaining tokens scored in one pass."""
+    level, width = rows.level, rows.width
+    leaves = rows
+    for deeper in range(level, walk.levels):  # certain tokens change no score, and rows keep their order
+        certain = np.zeros((len(rows.live), 1, walk.vocab_sizes[deeper]), np.float32)
+        leaves = walk.expand(leaves, certain, width, addresses)
+    device = state.modality_logp.device
+    parents = _tensor(_parents(rows, place, np.arange(width)[None]), device) if level > 1 else None
+    scored = model.score(state, _tensor(leaves.codes[:, :width, level - 1 :], device), parents, level)
+    known = rows.level_log_prob[:, :width, :level]
+    return _reordered(leaves, np.concatenate([known, _numpy(scored)], axis=2))
+
+
+def _parents(rows: Rows, place: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """(n, U) the state's numbers of what chosen rows (n or 1, U) continue."""
+    return np.take_along_axis(place, np.take_along_axis(rows.parent, chosen, 1), 1)
+
+
+def _allowed_below(walk: Walk, rows: Rows, masks: Sequence[Masks]) -> np.ndarray:
+    """(n, width) int64: allowed items below each row, over all segments.
+
+    Args:
+        masks: one for each segment, once or for each query.
+    """
+    counts = np.zeros((len(rows.live), rows.width), np.int64)
+    for s, segment in enumerate(walk.segments):
+        low, high = segment.items_of(rows.level, rows.low[:, : rows.width, s], rows.high[:, : rows.width, s])
+        for at, of_segments in enumerate(masks):
+            own = slice(None) if len(masks) == 1 else at
+            mask = of_segments[s]
+            counts[own] += high[own] - low[own] if mask is None else mask.rank(high[own]) - mask.rank(low[own])
+    return counts
 
 
 def _spell_on_device(
@@ -233,49 +304,20 @@ def _side_by_side(model: SpellingModel, query: QueryBatch) -> np.ndarray:
     return _numpy(torch.cat(model.one_shot(query), 1))
 
 
-def _finish(
-    model: SpellingModel, state: Any, walk: Walk, rows: Rows, addresses: MaskAddresses, most: int,
-    parents: torch.Tensor, beam: int,
-) -> Rows:  # fmt: skip
-    """Complete all identifiers below ``rows`` and score their remaining tokens in one pass."""
-    level = rows.level
-    queries = len(rows.live)
-    leaves, ancestor = rows, np.arange(rows.score.shape[1])[None].repeat(queries, 0)
-    for deeper in range(level, walk.levels):
-        # every child of every row: equal scores, and room for all of them
-        equal = replace(leaves, block=leaves.block.copy())
-        equal.score[:] = 0
-        leaves = walk.expand(equal, np.zeros((queries, 1, walk.vocab_sizes[deeper]), np.float32), most, addresses)
-        ancestor = np.take_along_axis(ancestor, leaves.parent, 1)
-    width = leaves.width
-    device = parents.device
-    tokens = torch.from_numpy(np.ascontiguousarray(leaves.codes[:, :width, level - 1 :])).to(device)
-    ancestor = ancestor[:, :width]
-    known = rows.level_log_prob[np.arange(queries)[:, None], ancestor, :level]
-    continues = torch.gather(parents, 1, torch.from_numpy(ancestor).to(device)) if level > 1 else None
-    scored = _numpy(model.score(state, tokens, continues, level)).astype(np.float64)
-    return _reordered(leaves, np.concatenate([known, scored], axis=2), beam)
-
-
-def _reordered(rows: Rows, level_log_prob: np.ndarray, beam: int) -> Rows:
-    """The best ``beam`` complete rows by new log-probabilities (n, R, levels) of their first R."""
+def _reordered(rows: Rows, level_log_prob: np.ndarray) -> Rows:
+    """Complete rows, best first by new log-probabilities (n, R, levels) of their first R."""
     width = level_log_prob.shape[1]
     level_log_prob = level_log_prob.astype(np.float64)
     score = np.where(np.arange(width) < rows.live[:, None], level_log_prob.sum(2), -np.inf)
-    best = np.argsort(-score, axis=1, kind="stable")[:, :beam]
+    best = np.argsort(-score, axis=1, kind="stable")
     take = np.arange(len(score))[:, None], best
-    live = np.minimum(np.isfinite(score).sum(1), beam)
-    out = replace(rows, live=live, block=rows.block[take])  # a copy
+    out = replace(rows, live=np.isfinite(score).sum(1), block=rows.block[take])  # a copy
     out.score[:], out.level_log_prob[:] = score[take], level_log_prob[take]
     return out
 
 
-def _tokens(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rows.codes[:, :width, rows.level - 1])).to(device)
-
-
-def _parents(rows: Rows, width: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rows.parent[:, :width])).to(device)
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def _numpy(log_probs: torch.Tensor) -> np.ndarray:

@@ -71,7 +71,10 @@ def generate(
 
 @dataclass(frozen=True)
 class BartState:
-    """memory and past: per layer (keys, values); memory (n, heads, T, d), past (n, B, heads, t, d)."""
+    """memory and past: per layer (keys, values); memory (n, heads, T, d), past (n, B, heads, t, d).
+
+    mask: (n, 1, 1, T), 0 where there is a token to attend to, else -inf.
+    """
 
     modality_logp: torch.Tensor
     memory: tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -153,7 +156,9 @@ class BartSpeller:
             )
             for layer in self._decoder.layers
         )
-        empty = BartState(hidden, memory, query.mask[:, None, None], ())
+        # as attention adds it: a mask of bools would be turned into this in each of its calls
+        mask = torch.zeros_like(hidden[:, None, None, :, 0]).masked_fill(~query.mask[:, None, None], -torch.inf)
+        empty = BartState(hidden, memory, mask, ())
         first = torch.full((len(query), 1, 1), _START, device=hidden.device)
         y, past = self._run(self._embed(first, 0), empty, ())
         return replace(empty, modality_logp=F.log_softmax(self._head[0](y[:, 0, 0]), -1), past=past)
@@ -161,8 +166,12 @@ class BartSpeller:
     def _continued(self, state: BartState, rows: torch.Tensor | None, beams: int):
         if rows is None:
             return tuple(tuple(t.expand(-1, beams, -1, -1, -1) for t in of_layer) for of_layer in state.past)
-        n = torch.arange(len(rows), device=rows.device)[:, None]
-        return tuple(tuple(t[n, rows] for t in of_layer) for of_layer in state.past)
+        before = state.past[0][0].shape[1]
+        flat = (rows + before * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
+        return tuple(
+            tuple(t.flatten(0, 1).index_select(0, flat).unflatten(0, rows.shape) for t in of_layer)
+            for of_layer in state.past
+        )
 
     def step(self, state: BartState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int):
         past = self._continued(state, parents, tokens.shape[1])

@@ -25,7 +25,8 @@ class TableModel:
         self.vocab_sizes = tuple(vocab_sizes)
         self.dtype = dtype
         self.sharpness = sharpness
-        self.steps = 0
+        self.asked: list[tuple[int, int]] = []  # (level, rows of a query) of each step
+        self.passes = 0  # calls of score
 
     def _log_probs(self, seed: int, prefix: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng((seed, len(prefix), *prefix))
@@ -44,7 +45,7 @@ class TableModel:
         return torch.cat([old, tokens[..., None]], 2)
 
     def step(self, state, tokens, parents, level):
-        self.steps += 1
+        self.asked.append((level, tokens.shape[1]))
         prefixes = self._prefixes(state, tokens, parents)
         assert prefixes.shape[2] == level
         rows = [
@@ -61,6 +62,7 @@ class TableModel:
         ]
 
     def score(self, state, tokens, parents, level):
+        self.passes += 1
         prefixes = self._prefixes(state, tokens[..., 0], parents)
         scored = []
         for at in range(1, tokens.shape[2]):
@@ -77,8 +79,8 @@ def queries(seeds) -> QueryBatch:
     return QueryBatch(torch.tensor([[s / 1000, 0.0] for s in seeds], dtype=torch.float64))
 
 
-def reference_beam(model: TableModel, seed: int, codes: np.ndarray, allowed: np.ndarray, beam: int, scoring: str):
-    """[(identifier, log-probability)], best first: a beam over a Python set of prefixes."""
+def reference_rows(model: TableModel, seed: int, codes: np.ndarray, allowed: np.ndarray, beam: int, scoring: str):
+    """After each token [(prefix, log-probability)], best first: a beam over a Python set of prefixes."""
     exist = {tuple(c) for c in codes[allowed].tolist()}
     rows = [((), 0.0)] if exist else []
     for level in range(codes.shape[1]):
@@ -89,7 +91,26 @@ def reference_beam(model: TableModel, seed: int, codes: np.ndarray, allowed: np.
             norm = np.log(np.exp(log_probs[children]).sum()) if scoring == "children" else 0.0
             following += [(-(score + log_probs[t] - norm), order, t, prefix) for t in children]
         rows = [((*prefix, t), -cost) for cost, _, t, prefix in sorted(following)[:beam]]
-    return rows
+        yield rows
+
+
+def reference_beam(model: TableModel, seed: int, codes: np.ndarray, allowed: np.ndarray, beam: int, scoring: str):
+    """[(identifier, log-probability)], best first."""
+    return list(reference_rows(model, seed, codes, allowed, beam, scoring))[-1]
+
+
+def leaves(candidates, q):
+    """[(identifier, log-probability)] without repeats, in order."""
+    seen = {}
+    for codes, log_prob, valid in zip(candidates.codes[q].tolist(), candidates.log_prob[q], candidates.valid[q]):
+        if valid:
+            seen.setdefault(tuple(codes), float(log_prob))
+    return list(seen.items())
+
+
+def agree(found, expected):
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    np.testing.assert_allclose([p for _, p in found], [p for _, p in expected], rtol=1e-5, atol=1e-5)
 
 
 def build(codes: np.ndarray, vocab_sizes, depth=None) -> tuple[ConstraintIndex, np.ndarray, np.ndarray]:

@@ -53,21 +53,35 @@ def exhaustive(generator: Generator, query: QueryBatch, ordered: np.ndarray) -> 
     return torch.stack(scored).numpy()
 
 
-@pytest.mark.parametrize("search", ["beam", "early", "verify", "tensors"])
+@pytest.mark.parametrize("search", ["beam", "verify", "tensors"])
 def test_as_wide_as_the_corpus_it_is_exhaustive(world, search):
     index, ordered, generator, query = world
     if search == "verify":
         found = verified_search(generator, query, [index], draft=ITEMS)
     else:
         segments = TensorWalk([index]) if search == "tensors" else [index]
-        finish = ITEMS if search == "early" else 0
-        found = beam_search(generator, query, segments, beam=ITEMS, limit=ITEMS, finish=finish)
+        found = beam_search(generator, query, segments, beam=ITEMS, limit=ITEMS)
     oracle = exhaustive(generator, query, ordered)
     for q in range(len(query)):
         order = np.argsort(found.row[q])
         assert found.row[q][order].tolist() == list(range(ITEMS))
         np.testing.assert_allclose(found.level_log_prob[q][order], oracle[q], atol=2e-4)
         assert (np.diff(found.log_prob[q]) <= 0).all()
+
+
+@pytest.mark.parametrize("scoring", ["vocabulary", "children"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_leaving_branches_of_one_item_alone_changes_nothing(world, scoring, share):
+    index, _, generator, query = world
+    masks = [ItemMask.of(np.random.default_rng(int(100 * share)).random(ITEMS) < share)]
+    early, stepped = (  # on an accelerator's walk, all rows are stepped
+        beam_search(generator, query, walk, masks, beam=6, limit=ITEMS, scoring=scoring)
+        for walk in ([index], TensorWalk([index]))
+    )
+    for q in range(len(query)):
+        ok = early.valid[q]
+        assert early.row[q][ok].tolist() == stepped.row[q][stepped.valid[q]].tolist()
+        np.testing.assert_allclose(early.level_log_prob[q][ok], stepped.level_log_prob[q][ok], atol=2e-4)
 
 
 @pytest.mark.parametrize("search", [beam_search, one_shot_search, verified_search])

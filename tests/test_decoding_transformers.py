@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ace_core.decoding import beam_search
 from ace_core.filters import ItemMask
 from ace_core.query import QueryBatch
+from ace_core.tensor_walk import TensorWalk
 from benchmarks.bart import BartSpeller, generate, random_bart
 from benchmarks.rivals import DictTrie
 from tests.decoding_reference import build
@@ -53,14 +54,19 @@ def test_the_same_identifiers_in_the_same_order(world, share):
         np.testing.assert_allclose(list(ours.values()), scores[q].numpy(), atol=1e-4)
 
 
-def test_an_early_finish_equals_stepping(world):
-    index, _, _, speller, query = world
-    plain = beam_search(speller, query, [index], beam=600, limit=600)
-    early = beam_search(speller, query, [index], beam=600, limit=600, finish=600)
-    for q in range(3):  # near ties may swap
-        a, b = np.argsort(plain.row[q]), np.argsort(early.row[q])
-        assert plain.row[q][a].tolist() == early.row[q][b].tolist()
-        np.testing.assert_allclose(plain.log_prob[q][a], early.log_prob[q][b], atol=1e-4)
+@pytest.mark.parametrize("scoring", ["vocabulary", "children"])
+@pytest.mark.parametrize("share", [0.02, 0.2, 1.0])
+def test_leaving_branches_of_one_item_alone_changes_nothing(world, scoring, share):
+    index, ordered, _, speller, query = world
+    masks = [ItemMask.of(np.random.default_rng(2).random(len(ordered)) < share)]
+    early, stepped = (  # on an accelerator's walk, all rows are stepped
+        beam_search(speller, query, walk, masks, beam=6, limit=600, scoring=scoring)
+        for walk in ([index], TensorWalk([index]))
+    )
+    for q in range(3):
+        ok = early.valid[q]
+        assert early.row[q][ok].tolist() == stepped.row[q][stepped.valid[q]].tolist()
+        np.testing.assert_allclose(early.log_prob[q][ok], stepped.log_prob[q][ok], atol=1e-4)
 
 
 def test_in_double_precision_it_is_transformers_own_forward_pass(world):
