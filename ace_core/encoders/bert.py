@@ -1,4 +1,5 @@
-"""BERT's forward pass without transformers' bookkeeping, which is a third of a short query's time.
+"""BERT's forward pass without transformers' bookkeeping, which is a third of a short query's time; on most CPUs it is
+compiled (compiled_bert.py).
 
 For the family that most sentence encoders are of (MiniLM, BGE, E5, GTE): learned absolute positions, post-norm, GELU.
 The weights and the result are transformers' own; a test holds them together.
@@ -6,16 +7,27 @@ The weights and the result are transformers' own; a test holds them together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ace_core.encoders.packed import SideBySide
+from ace_core.encoders.packed import SideBySide, can_pack
 
 Weights = Mapping[str, torch.Tensor]
+Bert = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Token ids and mask (n, t) to hidden states of every layer, as :class:`LeanBert` gives them."""
+
+
+def lean_bert(weights: Weights, config: Mapping[str, Any]) -> Bert:
+    """A BERT in the form that is fastest where its weights are."""
+    if not can_pack(weights["embeddings.word_embeddings.weight"].device):
+        return LeanBert(weights, config)
+    from ace_core.encoders.compiled_bert import CompiledBert
+
+    return CompiledBert(weights, config)
 
 
 class _Layer:

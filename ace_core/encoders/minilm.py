@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from ace_core.config import TextEncoderSettings
-from ace_core.encoders.bert import LeanBert
+from ace_core.encoders.bert import lean_bert
 from ace_core.encoders.embedded import packaged_file
 from ace_core.encoders.protocol import identity_of
 from ace_core.encoders.text_batches import BatchedText, check_layers, mean_of_tokens
@@ -48,7 +48,7 @@ class MiniLM(BatchedText):
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(longest)
         self.identity = identity_of(weights, "text", longest, settings.fusion_layers)
-        self._model = LeanBert({name: weight.to(device) for name, weight in weights.items()}, config)
+        self._model = lean_bert({name: weight.to(device) for name, weight in weights.items()}, config)
         super().__init__(layers=settings.fusion_layers, device=device, pad=config["pad_token_id"])
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:

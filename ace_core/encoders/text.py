@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ace_core.config import TextEncoderSettings
-from ace_core.encoders.bert import LeanBert
+from ace_core.encoders.bert import LeanBert, lean_bert
 from ace_core.encoders.checkpoints import MEDIA_PARTS, drop_parts, load_checkpoint, pooled_output
 from ace_core.encoders.packed import pack_linears
 from ace_core.encoders.protocol import identity_of
@@ -90,10 +90,10 @@ class TransformersText(BatchedText):
         self.identity = identity_of(model.tower.state_dict(), "text", self._max_tokens, settings.fusion_layers)
         tower = model.tower.to(device)
         known = tower.config.to_dict()
-        self._lean = LeanBert(tower.state_dict(), known) if not model.dual and LeanBert.fits(known) else None
+        self._lean = lean_bert(tower.state_dict(), known) if not model.dual and LeanBert.fits(known) else None
         if self._lean is None:
             pack_linears(tower)
-        # what is not used goes: another tower's weights, those that LeanBert has a copy of
+        # what is not used goes: another tower's weights, those that the lean form has a copy of
         self._opened = replace(model, whole=None, tower=None if self._lean else tower)
         super().__init__(
             layers=settings.fusion_layers,

@@ -53,35 +53,41 @@ class BatchedText(ABC):
         if not texts:
             raise ValueError("no texts to encode")
         rows = self._tokens(list(texts))
-        lengths = [max(1, len(ids)) for ids in rows]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        if len(rows) <= BATCH:
+            return self._forward(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         out: TextFeatures | None = None
         for first in range(0, len(order), BATCH):
             batch = order[first : first + BATCH]
-            pooled, hidden = self._forward([rows[i] for i in batch])
-            if out is None:
-                # Made outside inference mode: tensors born inside it cannot take part in a training step.
-                out = TextFeatures(
-                    torch.empty(len(rows), pooled.shape[1]),
-                    torch.zeros(len(rows), self.layers, max(lengths), hidden.shape[3]),
-                    torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
-                )
+            part = self._forward([rows[i] for i in batch])
             index = torch.tensor(batch)
-            longest = min(hidden.shape[2], max(lengths))
-            out.pooled[index] = pooled
-            out.hidden[index, :, :longest] = hidden[:, :, :longest] * out.mask[index, None, :longest, None]
+            _, layers, longest, width = part.hidden.shape
+            if out is None:  # the longest texts come first
+                out = TextFeatures(
+                    torch.empty(len(rows), part.pooled.shape[1]),
+                    torch.zeros(len(rows), layers, longest, width),
+                    torch.zeros(len(rows), longest, dtype=torch.bool),
+                )
+            out.pooled[index] = part.pooled
+            out.hidden[index, :, :longest] = part.hidden
+            out.mask[index, :longest] = part.mask
         assert out is not None
         return out
 
-    @torch.inference_mode()
-    def _forward(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled (n, E_p) and hidden (n, S, T, E) of token rows, on the CPU in float32."""
-        longest = self._fixed_length or max(1, max(map(len, rows)))
-        ids = torch.tensor([r + [self._pad] * (longest - len(r)) for r in rows], device=self._device)
-        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=self._device)
+    @torch.no_grad()  # not in inference mode: tensors born inside it cannot take part in a training step
+    def _forward(self, rows: list[list[int]]) -> TextFeatures:
+        """Token rows of one batch, on the CPU."""
+        lengths = [max(1, len(r)) for r in rows]
+        longest = max(lengths)
+        width = self._fixed_length or longest
+        ids = torch.tensor([r + [self._pad] * (width - len(r)) for r in rows], device=self._device)
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=self._device)
         pooled, states = self._states(ids, mask)
-        hidden = torch.stack(list(states[-self.layers :]), dim=1)
-        return F.normalize(pooled.float(), dim=-1).cpu(), hidden.float().cpu()
+        hidden = torch.stack(list(states[-self.layers :]), dim=1)[:, :, :longest].float().cpu()
+        real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        if min(lengths) < longest:
+            hidden = hidden * real[:, None, :, None]
+        return TextFeatures(F.normalize(pooled.float(), dim=-1).cpu(), hidden, real)
 
 
 def mean_of_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
