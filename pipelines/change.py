@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 import numpy as np
 import pyarrow as pa
@@ -172,7 +173,16 @@ def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = N
             )
         snapshot_id = current.parent or older[-1]
     manifest = store.snapshot(snapshot_id)
-    return commit(store, manifest, {}, seen, reporter, started)
+    if seen.snapshot == manifest.id:
+        reporter.say(f"snapshot {manifest.id} is the current one already, nothing to do")
+        return manifest
+    left = "a damaged CURRENT" if seen.snapshot is None else f"snapshot {seen.snapshot}"
+    made = datetime.fromisoformat(manifest.created_at)
+    did = f"rolled back from {left} to {manifest.id} ({manifest.note} of {made:%Y-%m-%d %H:%M} UTC)"
+    commit(store, manifest, {}, seen, reporter, started, did=did)
+    again = "" if seen.snapshot is None else f"; back again: `ace rollback {seen.snapshot}`"
+    reporter.say(f"searches find it now, running servers change to it at their next look (serve.watch_seconds){again}")
+    return manifest
 
 
 def _open_current(store: Store) -> tuple[Current, Snapshot]:

@@ -266,11 +266,13 @@ def commit(
     started: float,
     *,
     built: Sequence[str] | None = None,
+    did: str = "",
 ) -> SnapshotManifest:
     """Write a snapshot, check it as a server would, and make it the current one.
 
     Args:
         built: segments that no earlier snapshot was checked with; None where the snapshot is checked whole.
+        did: what a person is told that has happened; by default that the snapshot is published.
 
     Raises:
         StoreError: the check failed (the old snapshot stays), or another publisher was faster.
@@ -286,7 +288,7 @@ def commit(
     if not store.move_current(manifest.id, seen):
         reporter.say("this file system cannot refuse a second publisher: publish from one place at a time")
     reporter.say(
-        f"snapshot {manifest.id} is published: {counted_items(manifest.items)}"
+        f"{did or f'snapshot {manifest.id} is published'}: {counted_items(manifest.items)}"
         + (f", {manifest.removed:,} removed" if manifest.removed else "")
         + f" ({time.monotonic() - started:.1f} s)"
     )

@@ -101,8 +101,15 @@ def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[
     assert {h.item_id for h in hits} == left and all(h.attributes.get("colour") != "green" for h in hits)
 
     last = copy.store.current().snapshot
-    assert rollback_stage(copy.store, quiet).id != last
+    before_last = copy.store.snapshot(str(last)).parent
+    capsys.readouterr()
+    assert rollback_stage(copy.store, loud).id == before_last
+    said = capsys.readouterr().err
+    assert f"rolled back from snapshot {last} to {before_last} (remove of 20" in said and "is published" not in said
+    assert "running servers change to it" in said and f"back again: `ace rollback {last}`" in said
     rollback_stage(copy.store, quiet, first)
+    rollback_stage(copy.store, loud, first)
+    assert f"snapshot {first} is the current one already" in capsys.readouterr().err
     assert copy.store.current().snapshot == first and copy.ids() == before
     assert rollback_stage(copy.store, quiet, last).id == last
 
@@ -200,12 +207,17 @@ def test_what_cannot_be_removed_is_refused_whole(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("content", ["junk", '{"snapshot": "gone"}'])
-def test_a_damaged_current_is_mended_by_what_the_error_advises(copy: Copy, content: str) -> None:
+def test_a_damaged_current_is_mended_by_what_the_error_advises(
+    copy: Copy, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
     first, quiet = str(copy.store.current().snapshot), Reporter(quiet=True)
     (Path(copy.settings.store) / "CURRENT").write_text(content)
     with pytest.raises(StoreError):
         rollback_stage(copy.store, quiet)
-    assert rollback_stage(copy.store, quiet, first).id == first == copy.store.current().snapshot
+    assert rollback_stage(copy.store, Reporter(), first).id == first == copy.store.current().snapshot
+    assert (
+        f"rolled back from {'a damaged CURRENT' if content == 'junk' else 'snapshot gone'}" in capsys.readouterr().err
+    )
     (Path(copy.settings.store) / "CURRENT").write_text(content)
     assert publish_stage(copy.settings, copy.store, quiet).id == copy.store.current().snapshot
 
