@@ -7,9 +7,9 @@ covers one level's tokens instead of all.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -82,34 +82,74 @@ class BartState:
     past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-class BartSpeller:
-    """A :class:`~ace_core.decoding.SpellingModel` over a BART decoder."""
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
-    def __init__(self, model: BartForConditionalGeneration, vocab_sizes: Sequence[int]) -> None:
+
+def _exact(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def _eight_bit(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
+    """Weights in 8 bits ahead, a scale for each output; activations as they come."""
+    scale = weight.abs().amax(1) / 127
+    quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantised, bias)
+    product = torch.ops.quantized.linear_dynamic.default
+    return lambda x: product(x, packed, True)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer's linear maps, those of one input side by side, and its norms."""
+
+    own: Linear
+    own_out: Linear
+    cross: Linear
+    memory: Linear
+    cross_out: Linear
+    widen: Linear
+    narrow: Linear
+    norms: tuple[nn.LayerNorm, nn.LayerNorm, nn.LayerNorm]
+
+    @classmethod
+    def of(cls, layer: nn.Module, linear: Callable[[torch.Tensor, torch.Tensor], Linear]) -> _Layer:
+        def joined(*parts: nn.Linear) -> Linear:
+            return linear(
+                torch.cat([part.weight.detach() for part in parts]), torch.cat([part.bias.detach() for part in parts])
+            )
+
+        own, cross = layer.self_attn, layer.encoder_attn
+        return cls(
+            joined(own.q_proj, own.k_proj, own.v_proj), joined(own.out_proj),
+            joined(cross.q_proj), joined(cross.k_proj, cross.v_proj), joined(cross.out_proj),
+            joined(layer.fc1), joined(layer.fc2),
+            (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm),
+        )  # fmt: skip
+
+
+class BartSpeller:
+    """A :class:`~ace_core.decoding.SpellingModel` over a BART decoder.
+
+    Args:
+        eight_bit: linear maps in 8 bits.
+    """
+
+    def __init__(
+        self, model: BartForConditionalGeneration, vocab_sizes: Sequence[int], *, eight_bit: bool = False
+    ) -> None:
+        linear = _eight_bit if eight_bit else _exact
         self.vocab_sizes = tuple(vocab_sizes)
         self._decoder = model.model.decoder
         self._heads = model.config.decoder_attention_heads
+        self._layers = [_Layer.of(layer, linear) for layer in self._decoder.layers]
         edges = torch.tensor([_SPECIAL, *vocab_sizes]).cumsum(0).tolist()
         self.offsets = edges[:-1]
-        table = model.lm_head.weight.detach()
-        bias = model.final_logits_bias[0]
-        self._head = nn.ModuleList()
-        for a, b in pairwise(edges):
-            linear = nn.Linear(table.shape[1], b - a)
-            linear.weight = nn.Parameter(table[a:b].clone(), requires_grad=False)
-            linear.bias = nn.Parameter(bias[a:b].clone(), requires_grad=False)
-            self._head.append(linear)
+        table, bias = model.lm_head.weight.detach(), model.final_logits_bias[0]
+        self._head = [linear(table[a:b].contiguous(), bias[a:b].contiguous()) for a, b in pairwise(edges)]
 
-    def quantised(self) -> BartSpeller:
-        """A copy whose linear layers are 8-bit (weights ahead, activations as they come)."""
-        out = copy.copy(self)
-        out._decoder = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._decoder), {nn.Linear}, torch.qint8)
-        out._head = torch.ao.quantization.quantize_dynamic(copy.deepcopy(self._head), {nn.Linear}, torch.qint8)
-        return out
-
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., heads, d)."""
-        return x.unflatten(-1, (self._heads, -1))
+    def _split(self, x: torch.Tensor, parts: int = 1) -> tuple[torch.Tensor, ...]:
+        """(..., p, parts * width) -> parts tensors (..., heads, p, d)."""
+        return x.unflatten(-1, (parts * self._heads, -1)).transpose(-2, -3).chunk(parts, -3)
 
     def _embed(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
         """Tokens (..., p) in BART's numbering at positions position .. position + p - 1."""
@@ -124,11 +164,8 @@ class BartSpeller:
         """x (n, B, p, width) -> hidden states of its positions, and the keys and values with theirs appended."""
         n, beams, new, width = x.shape
         kept = []
-        for number, layer in enumerate(self._decoder.layers):
-            own = layer.self_attn
-            q = self._split(own.q_proj(x)).transpose(2, 3)  # (n, B, heads, p, d)
-            k = self._split(own.k_proj(x)).transpose(2, 3)
-            v = self._split(own.v_proj(x)).transpose(2, 3)
+        for number, layer in enumerate(self._layers):
+            q, k, v = self._split(layer.own(x), 3)  # (n, B, heads, p, d)
             if past:
                 k, v = torch.cat([past[number][0], k], 3), torch.cat([past[number][1], v], 3)
             kept.append((k, v))
@@ -137,25 +174,18 @@ class BartSpeller:
                 causal = torch.ones(new, k.shape[3], dtype=torch.bool, device=x.device).tril(k.shape[3] - new)
             y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=causal)
             y = y.transpose(1, 2).reshape(n, beams, new, width)
-            x = layer.self_attn_layer_norm(x + own.out_proj(y))
-            cross = layer.encoder_attn
-            q = self._split(cross.q_proj(x)).flatten(1, 2).transpose(1, 2)  # (n, heads, B * p, d): one query's rows
+            x = layer.norms[0](x + layer.own_out(y))
+            (q,) = self._split(layer.cross(x).flatten(1, 2))  # (n, heads, B * p, d): one query's rows
             y = F.scaled_dot_product_attention(q, *state.memory[number], attn_mask=state.mask)
             y = y.transpose(1, 2).reshape(n, beams, new, width)
-            x = layer.encoder_attn_layer_norm(x + cross.out_proj(y))
-            x = layer.final_layer_norm(x + layer.fc2(F.gelu(layer.fc1(x))))
+            x = layer.norms[1](x + layer.cross_out(y))
+            x = layer.norms[2](x + layer.narrow(F.gelu(layer.widen(x))))
         return x, tuple(kept)
 
     def start(self, query: QueryBatch) -> BartState:
         assert query.hidden is not None and query.mask is not None
         hidden = query.hidden[:, -1]
-        memory = tuple(
-            (
-                self._split(layer.encoder_attn.k_proj(hidden)).transpose(1, 2),
-                self._split(layer.encoder_attn.v_proj(hidden)).transpose(1, 2),
-            )
-            for layer in self._decoder.layers
-        )
+        memory = tuple(self._split(layer.memory(hidden), 2) for layer in self._layers)
         # as attention adds it: a mask of bools would be turned into this in each of its calls
         mask = torch.zeros_like(hidden[:, None, None, :, 0]).masked_fill(~query.mask[:, None, None], -torch.inf)
         empty = BartState(hidden, memory, mask, ())

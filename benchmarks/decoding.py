@@ -137,7 +137,7 @@ def against_generate(
     """
     bart = random_bart(index.vocab_sizes)
     speller = BartSpeller(bart, index.vocab_sizes)
-    eighth = speller.quantised()
+    eighth = BartSpeller(bart, index.vocab_sizes, eight_bit=True)
     offsets = speller.offsets
     trie = DictTrie(codes.codes)
     walk = Walk([index])
