@@ -91,10 +91,10 @@ def test_hidden_states_are_pytorchs_whatever_texts_travel_together(bert, lengths
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with torch.no_grad():
-        expected, got = LeanBert(weights, config)(ids, mask), compiled(ids, mask)
+        (pooled, hidden), (expected, states) = (model(ids, mask, 2) for model in (compiled, LeanBert(weights, config)))
     torch.set_num_threads(before)
-    assert len(got) == len(expected) == 3
-    for ours, theirs in zip(got, expected):
+    assert torch.allclose(pooled, expected, atol=1e-5) and hidden.shape == states.shape
+    for ours, theirs in zip(hidden.unbind(1), states.unbind(1)):
         assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=2e-5)
         assert (ours[~mask.bool()] == 0).all()
 
@@ -102,6 +102,6 @@ def test_hidden_states_are_pytorchs_whatever_texts_travel_together(bert, lengths
 def test_tokens_that_the_model_has_not_are_refused(bert) -> None:
     compiled = lean_bert(*bert)
     with pytest.raises(ModelError, match="token 50 of 50"):
-        compiled(torch.tensor([[1, 50]]), torch.ones(1, 2, dtype=torch.int64))
+        compiled(torch.tensor([[1, 50]]), torch.ones(1, 2, dtype=torch.int64), 1)
     with pytest.raises(ModelError, match="41 places of 40"):
-        compiled(torch.ones(1, 41, dtype=torch.int64), torch.ones(1, 41, dtype=torch.int64))
+        compiled(torch.ones(1, 41, dtype=torch.int64), torch.ones(1, 41, dtype=torch.int64), 1)

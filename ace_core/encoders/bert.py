@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ace_core.encoders.packed import SideBySide, can_pack
+from ace_core.encoders.text_batches import mean_of_tokens
 
 Weights = Mapping[str, torch.Tensor]
-Bert = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
-"""Token ids and mask (n, t) to hidden states of every layer, as :class:`LeanBert` gives them."""
+Bert = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Token ids and mask to pooled vectors and token features, as :class:`LeanBert` gives them."""
 
 
 def lean_bert(weights: Weights, config: Mapping[str, Any]) -> Bert:
@@ -84,12 +85,14 @@ class LeanBert:
             and config.get("position_embedding_type") in (None, "absolute")
         )
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hidden states (n, t, width) of every layer, lowest first.
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean (n, width) of the last layer's real tokens, L2-normalised, and the hidden states
+        (n, layers, t, width) of the last layers, lowest first.
 
         Args:
             ids: (n, t) int64.
-            mask: (n, t), not zero at real tokens.
+            mask: (n, t) int64, 1 at real tokens.
+            layers: how many layers' states are wanted.
         """
         seen = None if bool(mask.all()) else mask.bool()[:, None, None]
         x = self._norm(F.embedding(ids, self._words) + self._places[: ids.shape[1]])
@@ -97,7 +100,8 @@ class LeanBert:
         for layer in self._layers:
             x = layer(x, seen)
             states.append(x)
-        return tuple(states)
+        pooled = F.normalize(mean_of_tokens(x, mask).float(), dim=-1)
+        return pooled, torch.stack(states[-layers:], dim=1)
 
 
 def _linears(weights: Weights, *names: str) -> SideBySide:

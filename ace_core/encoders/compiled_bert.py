@@ -16,7 +16,7 @@ import torch
 
 from ace_core.encoders.bert import Weights
 from ace_core.errors import ModelError
-from ace_core.kernels.bert import Linear, Norm, forward
+from ace_core.kernels.bert import Linear, Model, Norm, forward
 from ace_core.kernels.linear import packed
 
 _TOGETHER = 96  # tokens: enough for weights to be read seldom, few enough for what lies between layers to stay cached
@@ -47,45 +47,47 @@ class CompiledBert:
         def norms(*names: str) -> Norm:
             return Norm(*(np.stack([arrays[f"{name}.{part}"] for name in names]) for part in ("weight", "bias")))
 
-        self._words = np.ascontiguousarray(arrays["embeddings.word_embeddings.weight"])
-        # all tokens are of the first type
-        self._places = (
-            arrays["embeddings.position_embeddings.weight"] + arrays["embeddings.token_type_embeddings.weight"][0]
-        )
-        self._depth = len(layers)
-        self._rest = (
-            norms("embeddings.LayerNorm"),
-            linears(*(f"attention.self.{part}" for part in ("query", "key", "value"))),
-            linears("attention.output.dense"),
-            norms(*(f"{layer}.attention.output.LayerNorm" for layer in layers)),
-            linears("intermediate.dense"),
-            linears("output.dense"),
-            norms(*(f"{layer}.output.LayerNorm" for layer in layers)),
-            int(config["num_attention_heads"]),
-            np.float32(config["layer_norm_eps"]),
+        places = arrays["embeddings.position_embeddings.weight"]
+        self._model = Model(
+            words=np.ascontiguousarray(arrays["embeddings.word_embeddings.weight"]),
+            places=places + arrays["embeddings.token_type_embeddings.weight"][0],  # all tokens are of the first type
+            first_norm=norms("embeddings.LayerNorm"),
+            joined=linears(*(f"attention.self.{part}" for part in ("query", "key", "value"))),
+            mix=linears("attention.output.dense"),
+            mix_norm=norms(*(f"{layer}.attention.output.LayerNorm" for layer in layers)),
+            widen=linears("intermediate.dense"),
+            narrow=linears("output.dense"),
+            narrow_norm=norms(*(f"{layer}.output.LayerNorm" for layer in layers)),
+            heads=int(config["num_attention_heads"]),
+            eps=np.float32(config["layer_norm_eps"]),
         )
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hidden states (n, t, width) of every layer, lowest first; zero at padding.
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean (n, width) of the last layer's real tokens, L2-normalised, and the hidden states
+        (n, layers, t, width) of the last layers, lowest first, zero at padding.
 
         Args:
             ids: (n, t) int64.
             mask: (n, t) int64, 1 at real tokens, which come first.
+            layers: how many layers' states are wanted.
 
         Raises:
             ModelError: the tokenizer has tokens that the model has not, or texts are longer than it reads.
         """
         tokens, lengths = ids.numpy(), mask.numpy().sum(1)
-        if tokens.max() >= len(self._words) or tokens.shape[1] > len(self._places):
+        (words, width), places = self._model.words.shape, len(self._model.places)
+        count, longest = tokens.shape
+        if tokens.max() >= words or longest > places:
             raise ModelError(
-                f"token {tokens.max()} of {len(self._words)}, {tokens.shape[1]} places of {len(self._places)}",
+                f"token {tokens.max()} of {words}, {longest} places of {places}",
                 where="the text encoder",
                 remedy="Its tokenizer does not belong to its model, or encoders.text.max_tokens is too large.",
             )
-        states = np.zeros((len(tokens), self._depth, tokens.shape[1], self._words.shape[1]), np.float32)
+        states = np.zeros((count, layers, longest, width), np.float32)
+        pooled = np.zeros((count, width), np.float32)
 
         def run(some: slice) -> None:
-            forward(tokens[some], lengths[some], self._words, self._places, *self._rest, states[some])
+            forward(tokens[some], lengths[some], self._model, states[some], pooled[some])
 
         groups = list(_groups(lengths))
         if len(groups) == 1:
@@ -93,7 +95,7 @@ class CompiledBert:
         else:
             with ThreadPoolExecutor(min(torch.get_num_threads(), len(groups))) as pool:  # the kernel releases the GIL
                 list(pool.map(run, groups))
-        return torch.from_numpy(states).unbind(1)
+        return torch.from_numpy(pooled), torch.from_numpy(states)
 
 
 def _groups(lengths: np.ndarray) -> Iterator[slice]:

@@ -5,7 +5,6 @@ them together."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ace_core.config import TextEncoderSettings
 from ace_core.encoders.bert import lean_bert
 from ace_core.encoders.embedded import packaged_file
 from ace_core.encoders.protocol import identity_of
-from ace_core.encoders.text_batches import BatchedText, check_layers, mean_of_tokens
+from ace_core.encoders.text_batches import BatchedText, check_layers
 
 _NO_WEIGHTS = ("embeddings.position_ids",)  # a count from 0 that old versions saved
 
@@ -54,6 +53,5 @@ class MiniLM(BatchedText):
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch(texts)]
 
-    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        states = self._model(ids, mask)
-        return mean_of_tokens(states[-1], mask), states
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._model(ids, mask, self.layers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ace_core.config import TextEncoderSettings
 from ace_core.encoders.bert import LeanBert, lean_bert
@@ -105,8 +106,8 @@ class TransformersText(BatchedText):
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return self._opened.tokens(texts, self._max_tokens)
 
-    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        if self._lean is None:
-            return self._opened.states(ids, mask)
-        states = self._lean(ids, mask)
-        return mean_of_tokens(states[-1], mask), states
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._lean is not None:
+            return self._lean(ids, mask, self.layers)
+        pooled, states = self._opened.states(ids, mask)
+        return F.normalize(pooled.float(), dim=-1), torch.stack(list(states[-self.layers :]), dim=1)

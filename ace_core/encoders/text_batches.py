@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ace_core.encoders.protocol import TextFeatures
 from ace_core.errors import SettingsError
@@ -40,19 +39,23 @@ class BatchedText(ABC):
         """Token ids of each text, cut at the longest that is read."""
 
     @abstractmethod
-    def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Pooled vectors (n, E_p) and the hidden states (n, t, E) of the layers, lowest first, of padded tokens (n, t);
-        ``mask`` (n, t) int64 is 1 at real ones."""
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled vectors (n, E_p), L2-normalised, and token features (n, S, t, E) of the last S layers, lowest first.
+
+        Args:
+            ids: (n, t) int64, padded; mask: (n, t) int64, 1 at real tokens, which come first.
+        """
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode n texts. An empty text is encoded as its special tokens alone.
+        """Encode n texts. An empty text is encoded as its special tokens alone, as
+        padding where there are none.
 
         The cost follows the texts' own lengths: they are sorted by length and run in batches. T is the length in
         tokens of the longest text.
         """
         if not texts:
             raise ValueError("no texts to encode")
-        rows = self._tokens(list(texts))
+        rows = [row or [self._pad] for row in self._tokens(list(texts))]
         if len(rows) <= BATCH:
             return self._forward(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
@@ -77,17 +80,16 @@ class BatchedText(ABC):
     @torch.no_grad()  # not in inference mode: tensors born inside it cannot take part in a training step
     def _forward(self, rows: list[list[int]]) -> TextFeatures:
         """Token rows of one batch, on the CPU."""
-        lengths = [max(1, len(r)) for r in rows]
+        lengths = [len(row) for row in rows]
         longest = max(lengths)
         width = self._fixed_length or longest
-        ids = torch.tensor([r + [self._pad] * (width - len(r)) for r in rows], device=self._device)
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=self._device)
-        pooled, states = self._states(ids, mask)
-        hidden = torch.stack(list(states[-self.layers :]), dim=1)[:, :, :longest].float().cpu()
-        real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        ids = torch.tensor([row + [self._pad] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+        pooled, hidden = self._read(ids.to(self._device), mask.to(self._device))
+        hidden, real = hidden[:, :, :longest].float().cpu(), mask[:, :longest].bool()
         if min(lengths) < longest:
             hidden = hidden * real[:, None, :, None]
-        return TextFeatures(F.normalize(pooled.float(), dim=-1).cpu(), hidden, real)
+        return TextFeatures(pooled.float().cpu(), hidden, real)
 
 
 def mean_of_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,23 @@ class Linear(NamedTuple):
     bias: np.ndarray
 
 
+class Model(NamedTuple):
+    """The weights of a BERT: embeddings of tokens (words, width) and of where they stand (places, width), their norm as
+    one layer's, then what each layer does, in order; ``joined`` gives queries, keys and values."""
+
+    words: np.ndarray
+    places: np.ndarray
+    first_norm: Norm
+    joined: Linear
+    mix: Linear
+    mix_norm: Norm
+    widen: Linear
+    narrow: Linear
+    narrow_norm: Norm
+    heads: int
+    eps: np.float32
+
+
 @partial(compiled, fastmath=_SUMS)
 def power(x):
     """e^x of a float32 of at most 0, to 2e-7 of 1: 2^n times the Taylor polynomial of 2^f, f within a half of 0."""
@@ -129,50 +146,70 @@ def attend(parts, width, heads, out):
                 out[i, query + d] = read[i, d] / total[i]
 
 
+@partial(compiled, fastmath=_SUMS)
+def pool(states, out):
+    """The mean of some tokens' states (t, width) float32, L2-normalised, into ``out`` (width,)."""
+    out[:] = np.float32(0)
+    for token in range(len(states)):
+        for d in range(len(out)):
+            out[d] += states[token, d]
+    square = np.float32(0)
+    for d in range(len(out)):
+        square += out[d] * out[d]
+    scale = np.float32(1) / math.sqrt(max(square, np.float32(1e-24)))
+    for d in range(len(out)):
+        out[d] *= scale
+
+
 @compiled
-def forward(
-    ids, lengths, words, places, first_norm, joined, mix, mix_norm, widen, narrow, narrow_norm, heads, eps, states
-):
-    """Fill ``states`` (n, layers, t, width) float32 with every layer's, at real tokens.
+def forward(ids, lengths, model, states, pooled):
+    """The layers of a BERT over some texts.
 
     Args:
-        ids: (n, t) int64, real tokens first; lengths: (n,) int64, how many are.
-        words, places: (words, width), (at least t, width) float32: embeddings of tokens and of where they stand.
-        first_norm: of the embeddings, as one layer's.
-        joined: queries, keys and values, in this order; mix: what follows attention.
-        eps: float32, of the norms.
+        ids: (n, t) int64, real tokens first; lengths: (n,) int64, how many are, at least 1.
+        model: a :class:`Model`.
+        states: (n, S, t, width) float32, filled with those of the last S layers at real tokens.
+        pooled: (n, width) float32, filled with the mean of the last layer's, L2-normalised.
     """
-    layers, width = states.shape[1], words.shape[1]
+    layers, width, eps = len(model.joined.weights), model.words.shape[1], model.eps
+    not_kept = layers - states.shape[1]
     count = lengths.sum()
     x = np.empty((count, width), np.float32)
-    parts = np.empty((count, joined.bias.shape[1]), np.float32)
-    wide = np.empty((count, widen.bias.shape[1]), np.float32)
-    more = np.empty((count, narrow.bias.shape[1]), np.float32)
     read = np.empty((count, width), np.float32)
+    parts = np.empty((count, model.joined.bias.shape[1]), np.float32)
+    wide = np.empty((count, model.widen.bias.shape[1]), np.float32)
+    more = np.empty((count, model.narrow.bias.shape[1]), np.float32)
     row = 0
     for text in range(len(ids)):
         for place in range(lengths[text]):
             for d in range(width):
-                read[row, d] = words[ids[text, place], d] + places[place, d]
-            norm(read[row], first_norm.gain[0], first_norm.shift[0], eps, x[row])
+                read[row, d] = model.words[ids[text, place], d] + model.places[place, d]
+            norm(read[row], model.first_norm.gain[0], model.first_norm.shift[0], eps, x[row])
             row += 1
     for layer in range(layers):
-        linear(x, joined.weights[layer], joined.bias[layer], parts)
+        linear(x, model.joined.weights[layer], model.joined.bias[layer], parts)
         row = 0
         for text in range(len(ids)):
             end = row + lengths[text]
-            attend(parts[row:end], width, heads, read[row:end])
+            attend(parts[row:end], width, model.heads, read[row:end])
             row = end
-        linear(read, mix.weights[layer], mix.bias[layer], more)
+        linear(read, model.mix.weights[layer], model.mix.bias[layer], more)
         for i in range(count):
-            add_and_norm(x[i], more[i, :width], mix_norm.gain[layer], mix_norm.shift[layer], eps)
-        linear(x, widen.weights[layer], widen.bias[layer], wide)
+            add_and_norm(x[i], more[i, :width], model.mix_norm.gain[layer], model.mix_norm.shift[layer], eps)
+        linear(x, model.widen.weights[layer], model.widen.bias[layer], wide)
         for i in range(count):
             gelu(wide[i])
-        linear(wide, narrow.weights[layer], narrow.bias[layer], more)
-        row = 0
-        for text in range(len(ids)):
-            for place in range(lengths[text]):
-                add_and_norm(x[row], more[row, :width], narrow_norm.gain[layer], narrow_norm.shift[layer], eps)
-                states[text, layer, place] = x[row]
-                row += 1
+        linear(wide, model.narrow.weights[layer], model.narrow.bias[layer], more)
+        for i in range(count):
+            add_and_norm(x[i], more[i, :width], model.narrow_norm.gain[layer], model.narrow_norm.shift[layer], eps)
+        if layer >= not_kept:
+            row = 0
+            for text in range(len(ids)):
+                end = row + lengths[text]
+                states[text, layer - not_kept, : lengths[text]] = x[row:end]
+                row = end
+    row = 0
+    for text in range(len(ids)):
+        end = row + lengths[text]
+        pool(x[row:end], pooled[text])
+        row = end
