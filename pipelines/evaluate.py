@@ -20,7 +20,7 @@ from ace_core.aligner import Aligner
 from ace_core.config import Settings
 from ace_core.encoders import TextFeatures
 from ace_core.errors import CorpusError
-from ace_core.evaluation import Retrieval, exact_ranks, ranks_in, summarise
+from ace_core.evaluation import FEW, Retrieval, exact_ranks, ranks_in, summarise
 from ace_core.features import Features, Pairs
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import code_version, fingerprint
@@ -36,6 +36,7 @@ from pipelines.texts import CaptionFeatures
 
 DEPTH = 10
 BATCH = 32
+RECALLS = ("recall_1", "recall_5", "recall_10")
 DUAL_TOWER = "dual tower, exact"
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -111,6 +112,8 @@ def evaluate_stage(settings: Settings, store: Store, reporter: Reporter) -> dict
         }
         store.write_json(f"evaluation/{evaluation_id}.json", measured)
     reporter.say(f"written to {store.path('evaluation', evaluation_id + '.json')}")
+    if warning := few_queries(measured):
+        reporter.say(warning)
     return measured
 
 
@@ -223,8 +226,21 @@ def _found(
     return out
 
 
+def few_queries(measured: dict[str, Any]) -> str:
+    """Which figures are of too few queries to say much, and how wide they are; empty for none."""
+    few = [line for line in measured["lines"] if line["queries_count"] < FEW]
+    if not few:
+        return ""
+    groups = dict.fromkeys(f"{x['queries']} in {x['gallery']}: {x['queries_count']}" for x in few)
+    off = max(max(x[k]["high"] - x[k]["value"], x[k]["value"] - x[k]["low"]) for x in few for k in RECALLS)
+    return (
+        f"warning: fewer than {FEW} queries say little ({', '.join(groups)}): their recall may lie "
+        f"{100 * off:.0f} points from what was measured (95 % intervals in brackets). More captions kept out of training make it sharper."
+    )
+
+
 def as_table(measured: dict[str, Any]) -> Table:
-    """The figures for a terminal."""
+    """The figures for a terminal; those of few queries with their 95 % intervals."""
     table = Table(title=f"Recall in %, snapshot {measured['snapshot']}")
     for name in ("queries", "gallery", "method"):
         table.add_column(name)
@@ -239,8 +255,13 @@ def as_table(measured: dict[str, Any]) -> Table:
             f"{line['queries']} ({line['queries_count']:,})" if group != last else "",
             f"{line['gallery']} ({line['gallery_count']:,} items)" if group != last else "",
             line["method"],
-            *(f"{100 * line[k]['value']:.1f}" for k in ("recall_1", "recall_5", "recall_10")),
+            *(_percent(line[k], line["queries_count"] < FEW) for k in RECALLS),
             f"{line['mrr_10']['value']:.3f}",
         )
         last = group
     return table
+
+
+def _percent(figure: dict[str, float], wide: bool) -> str:
+    interval = f" [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]" if wide else ""
+    return f"{100 * figure['value']:.1f}{interval}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ace_core.evaluation import (
+    FEW,
     MISSED,
     compare,
     compare_unpaired,
@@ -15,6 +16,7 @@ from ace_core.evaluation import (
     ranks_of,
     summarise,
 )
+from pipelines.evaluate import as_table, few_queries
 
 
 def test_ranks_count_wrong_items_that_score_higher() -> None:
@@ -98,3 +100,31 @@ def test_comparisons() -> None:
     assert ratio.low == ratio.high == 1.0  # paired: the same ranks are no difference at all
     other = compare_unpaired(base, rng.integers(0, 20, 2000), 10)
     assert other.low < 0 < other.high and abs(other.value) < 0.05
+
+
+def test_few_queries_have_wide_intervals() -> None:
+    """All of five found says no more than that half of all are; resampling five ones gives nothing but ones."""
+    all_of_five, none_of_five = summarise(np.zeros(5, int), 100), summarise(np.full(5, MISSED), 100)
+    assert all_of_five.recall_1.value == 1 and all_of_five.recall_1.low == pytest.approx(0.566, abs=1e-3)
+    assert none_of_five.recall_1.value == 0 and none_of_five.recall_1.high == pytest.approx(0.434, abs=1e-3)
+    assert all_of_five.recall_1.high == 1 and none_of_five.recall_1.low == 0
+    three = summarise(np.array([0, 0, 0, 9, 9]), 100)
+    assert three.recall_1.low <= 0.231 and three.recall_1.high >= 0.882  # Wilson's of 3 of 5
+    many = summarise(np.zeros(FEW, int), 100)
+    assert many.recall_1.low == many.recall_1.high == 1
+
+
+def test_what_few_queries_gave_is_said_to_be_wide() -> None:
+    def line(queries: str, gallery: str, ranks: np.ndarray) -> dict:
+        result = summarise(ranks, 20)
+        names = {"queries": queries, "gallery": gallery, "method": "beam"}
+        return {**result.as_dict(), "queries_count": result.queries, "gallery_count": result.gallery, **names}
+
+    many, few = line("seen", "all", np.arange(200) % 7), line("seen", "audio", np.arange(6) % 2)
+    measured = {"snapshot": "s", "lines": [many, few]}
+    assert few_queries({"snapshot": "s", "lines": [many]}) == ""
+    assert "seen in audio: 6" in few_queries(measured) and "seen in all" not in few_queries(measured)
+    low, high = (few["recall_1"][end] for end in ("low", "high"))
+    assert "may lie 39 points" in few_queries(measured)  # all six are among the first five: down to 0.61, says Wilson
+    cells = list(as_table(measured).columns[3].cells)
+    assert cells[0] == "14.5" and cells[1] == f"50.0 [{100 * low:.0f}, {100 * high:.0f}]"

@@ -87,7 +87,9 @@ def test_the_evaluation_states_its_queries_and_galleries(world: World, capsys: p
     path = Path(world.settings.store) / "evaluation" / f"{measured['id']}.json"
     assert json.loads(path.read_text()) == measured
     assert cli.main(["evaluate", "--store", world.settings.store, *_as_options(world)]) == 0
-    assert "dual tower" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "dual tower" in said.out and "warning: fewer than 50 queries say little (" in said.err
+    assert "unseen in audio: " in said.err
 
 
 def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixture[str]) -> None:
