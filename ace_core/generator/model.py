@@ -197,12 +197,17 @@ class Generator(nn.Module):
     def _short_codewords(self) -> Codewords:
         return Codewords([table.detach().cpu().numpy() for table in list(self._codewords)[1:]])
 
+    @cached_property
+    def _codeword_sizes(self) -> list[float]:
+        """The root mean square of each level's codewords."""
+        return [max(float(t.square().mean().sqrt()), 1e-6) for t in self._codewords]
+
     # -- spelling ---------------------------------------------------------------------------------------------------
 
     def _inputs(self, codes: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Decoder inputs (n, p, width) of tokens at levels first..first+p-1: their codewords, scaled to unit size."""
         tables = [self._codewords[first + i] for i in range(codes.shape[1])]
-        sizes = [t.square().mean().sqrt().clamp_min(1e-6) for t in tables]
+        sizes = self._codeword_sizes[first : first + codes.shape[1]]
         words = torch.stack([t[codes[:, i]] / size for i, (t, size) in enumerate(zip(tables, sizes))], 1)
         return self._input(words) + self._positions[first : first + codes.shape[1]]
 
