@@ -235,7 +235,8 @@ def few_queries(measured: dict[str, Any]) -> str:
     off = max(max(x[k]["high"] - x[k]["value"], x[k]["value"] - x[k]["low"]) for x in few for k in RECALLS)
     return (
         f"warning: fewer than {FEW} queries say little ({', '.join(groups)}): their recall may lie "
-        f"{100 * off:.0f} points from what was measured (95 % intervals in brackets). More captions kept out of training make it sharper."
+        f"{100 * off:.0f} points from what was measured (95 % intervals in brackets). More "
+        "captions kept out of training make it sharper."
     )
 
 
