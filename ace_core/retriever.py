@@ -158,7 +158,7 @@ class Retriever:
         queries = self.queries.batch(requests) if requests else None
         for (mode, beam), numbers in groups.items():
             assert queries is not None
-            batch = queries[torch.tensor(numbers)]
+            batch = queries if len(groups) == 1 else queries[torch.tensor(numbers)]
             model = ReadOnce(self._generator, batch)
             masks = [self._item_masks(requests[number]) for number in numbers]
             candidates = search_candidates(
