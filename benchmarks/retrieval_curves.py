@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ace_core.config import SearchSettings
-from ace_core.evaluation import exact_ranks
+from ace_core.evaluation import compare, exact_ranks
 from benchmarks.retrieval_system import ONE_SHOT, VERIFIED, Queries, Spaces, System, World, beam_of
 
 _QUERIES = 500
@@ -45,8 +45,35 @@ def curves(world: World, spaces: Spaces, system: System, figures: dict[str, Any]
     ]
     figures["curves"] = {
         "queries": len(asked.at), "gallery_sizes": galleries, "beams": beams, "latency": latency,
+        "scoring": _scorings(system, asked, everything),
         "reliability": _reliability(world, system),
     }  # fmt: skip
+
+
+def _scorings(system: System, asked: Queries, rows: np.ndarray) -> list[dict[str, Any]]:
+    """A beam of 20 by what a token's probability is a share of: milliseconds of a query that comes alone (without the
+    pool); R@1, R@5, R@10 as it is spelled, re-ranked, and ranked beside the pool; R@10 less that of the first."""
+    settings = {s: beam_of(20).model_copy(update={"scoring": s}) for s in ("vocabulary", "children")}
+    bare = {name: s.model_copy(update={"pool": 0}) for name, s in settings.items()}
+    times = _milliseconds(system, asked, rows, bare)
+    ranks = {
+        name: {
+            "not re-ranked": system.ranks(asked, rows, bare[name], alone=True),
+            "beam alone": system.ranks(asked, rows, bare[name]),
+            "with the pool": system.ranks(asked, rows, settings[name]),
+        }
+        for name in settings
+    }
+    lines = []
+    for name, found in ranks.items():
+        line: dict[str, Any] = {"scoring": name, "milliseconds": times[name]}
+        for what, r in found.items():
+            less = compare(r, ranks["vocabulary"][what], 10, groups=asked.gold, difference=True)
+            line[what] = [round(float((r < k).mean()), 4) for k in (1, 5, 10)]
+            line[f"{what}, less vocabulary"] = [round(x, 4) for x in (less.value, less.low, less.high)]
+        lines.append(line)
+        print(f"  {line}", flush=True)
+    return lines
 
 
 def _some(queries: Queries, most: int) -> Queries:
