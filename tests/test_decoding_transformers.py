@@ -90,3 +90,13 @@ def test_in_double_precision_it_is_transformers_own_forward_pass(world):
             total += own.gather(1, tokens[:, level : level + 1] - offset)[:, 0].numpy()
         np.testing.assert_allclose(found.log_prob[q], np.sort(total)[::-1], rtol=1e-6)
         np.testing.assert_allclose(total[found.row[q]], np.sort(total)[::-1], rtol=1e-9)
+
+
+def test_eight_bits_score_nearly_the_same(world):
+    index, _, bart, speller, query = world
+    exact = beam_search(speller, query, [index], beam=600, limit=600)
+    rounded = beam_search(BartSpeller(bart, SIZES, eight_bit=True), query, [index], beam=600, limit=600)
+    for q in range(3):
+        a, b = np.argsort(exact.row[q]), np.argsort(rounded.row[q])
+        difference = exact.log_prob[q][a] - rounded.log_prob[q][b]
+        assert 0 < np.abs(difference).max() < 0.25 * exact.log_prob[q].std()
