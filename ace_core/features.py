@@ -139,7 +139,8 @@ def read_errors(folder: str | Path, filesystem: fs.FileSystem | None = None) -> 
     filesystem = filesystem or fs.LocalFileSystem()
     selector = fs.FileSelector(f"{folder}/errors", allow_not_found=True)
     paths = sorted(i.path for i in filesystem.get_file_info(selector) if i.path.endswith(".parquet"))
-    tables = [pq.read_table(p, filesystem=filesystem, partitioning=None) for p in paths]
+    names = ERRORS_SCHEMA.names
+    tables = [pq.read_table(p, columns=names, filesystem=filesystem, partitioning=None) for p in paths]
     return pa.concat_tables([ERRORS_SCHEMA.empty_table(), *tables]).sort_by("item_id")
 
 

@@ -23,13 +23,12 @@ from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
 from ace_store import Store
+from pipelines.carried import carry_over, earlier_parts, judged_by
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
 from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, ModalityWork, files_together
 from pipelines.progress import Reporter, counted, counted_items, duration
 from pipelines.shards import (
     PartWriter,
-    carry_over,
-    earlier_parts,
     indexed_files,
     item_rows,
     not_in,
@@ -61,8 +60,10 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     if manifest is not None:
         reporter.say(f"features {part_id}: nothing changed, nothing to do")
         store.set_latest("features", part_id)
+        _report_bad(manifest, store, reporter)
         return manifest
-    writer = PartWriter.resume(store, part_id, settings.corpus.shard_items, settings.corpus.shard_seconds)
+    judged, corpus = judged_by(settings.limits), settings.corpus
+    writer = PartWriter.resume(store, part_id, corpus.shard_items, corpus.shard_seconds, judged)
     left = [_left(writer, listing, modality, marks[modality], reporter) for modality in present]
     _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], reporter)
     manifest = _seal(settings, writer, listing, identities, time.monotonic() - started, reporter)
@@ -100,9 +101,10 @@ def _left(writer: PartWriter, listing: Listing, modality: Modality, encoder: str
     if missing.num_rows < listed.num_rows:
         reporter.say(f"{modality.value}: {listed.num_rows - missing.num_rows:,} done in an earlier run")
     parts = earlier_parts(writer.store, writer.part_id)
-    carried, known = carry_over(writer, modality, encoder, missing, parts)
-    if carried:
-        reporter.say(f"{modality.value}: {carried:,} unchanged since the last ingestion")
+    good, bad, known = carry_over(writer, modality, encoder, missing, parts)
+    if good or bad:
+        still_bad = f", {bad:,} more that could not be used are not tried again" if bad else ""
+        reporter.say(f"{modality.value}: {good:,} unchanged since the last ingestion{still_bad}")
         missing = not_in(missing, writer.done_ids(modality))
     return _Left(modality, encoder, missing, known)
 
@@ -162,9 +164,9 @@ def files_a_call(files: pa.Table, encoder: MediaEncoderSettings, together: int) 
 
 
 def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarray) -> list[dict[str, Any]]:
-    chosen = rows.select(["item_id", "uri", "modality"]).take(pa.array(failed, pa.int64())).to_pylist()
+    chosen = rows.select(["item_id", "uri", "modality", "stamp"]).take(pa.array(failed, pa.int64())).to_pylist()
     for row, i in zip(chosen, failed.tolist()):
-        row |= {"cause": str(result["cause"][i]), "detail": str(result["detail"][i])}
+        row |= {"cause": str(result["cause"][i]), "detail": str(result["detail"][i]), "file_id": row["item_id"]}
         if not np.isnan(result["start"][i]):
             row["item_id"] = segment_id(row["item_id"], result["start"][i], result["end"][i])
     return chosen
@@ -236,6 +238,11 @@ def _disappeared(store: Store, listing: Listing, reporter: Reporter) -> int:
 def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
     metrics = manifest.metrics
     reporter.say(f"features {manifest.id}: {counted_items(metrics['items'])} in {duration(metrics['seconds'])}")
+    _report_bad(manifest, store, reporter)
+
+
+def _report_bad(manifest: Manifest, store: Store, reporter: Reporter) -> None:
+    metrics = manifest.metrics
     if metrics["errors"]:
         total = counted(sum(metrics["errors"].values()), "file")
         reporter.say(f"  {total} could not be used: {_counted(Counter(metrics['errors']))}")
@@ -243,6 +250,7 @@ def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
         for row in some_errors(store, manifest.id, names, SHOWN):
             reporter.say(f"    {_told(row)}")
         reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
+        reporter.say("  one is tried again when it changes (`touch` it), or the limits, encoders or decoders do")
 
 
 def _told(row: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 One process writes them (the driver, as encoded rows stream in), so a row is either in one shard or in none. A shard
 without its statistics file does not exist: whatever a killed run left of it is removed. The same files tell the next
-ingestion of a changed corpus what it need not encode again.
+ingestion of a changed corpus what it need not encode again (pipelines/carried.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ace_core.features import ERRORS_SCHEMA, ITEM_SCHEMA, embeddings_of, with_embeddings
+from ace_core.features import ERRORS_SCHEMA, ITEM_SCHEMA, with_embeddings
 from ace_core.items import Modality
-from ace_core.manifest import MANIFEST_NAME, FileEntry
+from ace_core.manifest import FileEntry
 from ace_store import Store
-from pipelines.encode import KnownEmbeddings, Span
 
+BAD_SCHEMA = pa.unify_schemas([ERRORS_SCHEMA, pa.schema([("file_id", pa.string()), ("stamp", pa.string())])])
+"""Rows of a shard's errors: ``item_id`` may be a segment's, ``file_id`` is the listed file's, ``stamp`` as listed."""
 _ID_COLUMNS = ("item_id", "start_seconds")
 _FRAGMENT = r"#t=[0-9.e+]+,[0-9.e+]+$"
 
@@ -35,7 +36,7 @@ class Shard:
 
     Attributes:
         name: for example "image-000003".
-        encoder: identity of the encoder whose embeddings it holds.
+        encoder: identity of the encoder whose embeddings it holds; ``judged``: see :func:`pipelines.carried.judged_by`.
         items: rows with an embedding; ``reused`` of them were encoded by an earlier ingestion.
         errors: rows without, by cause.
         files: data files by path in the part.
@@ -48,6 +49,7 @@ class Shard:
     reused: int
     errors: dict[str, int]
     files: dict[str, FileEntry]
+    judged: str = ""
 
     @property
     def items_file(self) -> str | None:
@@ -60,18 +62,22 @@ class Shard:
 
 @dataclass
 class PartWriter:
-    """Writes one features part shard by shard, continuing where a killed run stopped."""
+    """Writes one features part shard by shard, continuing where a killed run stopped.
+
+    ``judged`` says by what files are found bad, see :func:`pipelines.carried.judged_by`.
+    """
 
     store: Store
     part_id: str
     shard_items: int
     shard_seconds: float
+    judged: str = ""
     shards: list[Shard] = field(default_factory=list)
 
     @classmethod
-    def resume(cls, store: Store, part_id: str, shard_items: int, shard_seconds: float) -> PartWriter:
+    def resume(cls, store: Store, part_id: str, shard_items: int, shard_seconds: float, judged: str) -> PartWriter:
         """Open a part that may have been begun; removes what a killed run left unfinished."""
-        writer = cls(store, part_id, shard_items, shard_seconds, committed_shards(store, part_id))
+        writer = cls(store, part_id, shard_items, shard_seconds, judged, committed_shards(store, part_id))
         known = {writer.path(name) for shard in writer.shards for name in shard.files}
         for info in store.listing(f"features/{part_id}", recursive=True):
             if info.is_file and info.path.endswith(".parquet") and info.path not in known:
@@ -104,8 +110,9 @@ class PartWriter:
         if rows:
             self._write(f"{modality.value}/{name}.parquet", pa.concat_tables(items), files)
         if errors:
-            self._write(f"errors/{name}.parquet", pa.Table.from_pylist(errors, schema=ERRORS_SCHEMA), files)
-        shard = Shard(name, modality, encoder, rows, reused, dict(Counter(e["cause"] for e in errors)), files)
+            self._write(f"errors/{name}.parquet", pa.Table.from_pylist(errors, schema=BAD_SCHEMA), files)
+        causes = dict(Counter(e["cause"] for e in errors))
+        shard = Shard(name, modality, encoder, rows, reused, causes, files, self.judged)
         self.store.write_json(
             f"features/{self.part_id}/shards/{name}.json",
             {
@@ -115,6 +122,7 @@ class PartWriter:
                 "items": shard.items,
                 "reused": reused,
                 "errors": shard.errors,
+                "judged": shard.judged,
                 "files": {k: v.model_dump() for k, v in files.items()},
             },
         )
@@ -145,7 +153,7 @@ class ShardBuffer:
         self._clear()
 
     def add(self, items: pa.Table | None, errors: list[dict[str, Any]], *, reused: int = 0) -> None:
-        """Take rows of ``features_schema``, of which some were encoded earlier, and rows of ``ERRORS_SCHEMA``."""
+        """Take rows of ``features_schema``, of which some were encoded earlier, and rows of :data:`BAD_SCHEMA`."""
         self._reused += reused
         if items is not None and items.num_rows:
             self._items.append(items)
@@ -175,9 +183,8 @@ def committed_shards(store: Store, part_id: str) -> list[Shard]:
         if raw is not None and info.base_name.endswith(".json"):
             files = {k: FileEntry.model_validate(v) for k, v in raw["files"].items()}
             modality = Modality(raw["modality"])
-            shards.append(
-                Shard(raw["name"], modality, raw["encoder"], raw["items"], raw["reused"], raw["errors"], files)
-            )
+            counts = raw["items"], raw["reused"], raw["errors"]
+            shards.append(Shard(raw["name"], modality, raw["encoder"], *counts, files, raw.get("judged", "")))
     return shards
 
 
@@ -226,65 +233,6 @@ def file_ids(items: pa.Table) -> pa.ChunkedArray:
     """For rows of a features file, the ids of the files that they are or are segments of."""
     ids = items.column("item_id")
     return pc.if_else(pc.is_valid(items.column("start_seconds")), pc.replace_substring_regex(ids, _FRAGMENT, ""), ids)
-
-
-def earlier_parts(store: Store, part_id: str) -> list[str]:
-    """Other features parts whose embeddings may be used again: the latest one, and unfinished ones."""
-    pointer = store.read_json("features/LATEST")
-    latest = None if pointer is None else str(pointer.get("id"))
-    found = []
-    for info in store.listing("features"):
-        name = info.base_name
-        if info.is_file or name == part_id:
-            continue
-        if name == latest or not store.exists(f"features/{name}/{MANIFEST_NAME}"):
-            found.append(name)
-    return found
-
-
-def carry_over(
-    writer: PartWriter, modality: Modality, encoder: str, wanted: pa.Table, parts: list[str]
-) -> tuple[int, KnownEmbeddings]:
-    """Copy the embeddings of files that did not change from earlier parts; captions and attributes are the new ones.
-
-    Args:
-        wanted: rows of ``LISTING_SCHEMA`` that have no embedding yet.
-        parts: ids of earlier features parts.
-
-    Returns:
-        how many files were carried over, and where the other embeddings are by content.
-    """
-    store = writer.store
-    row_of = {item_id: row for row, item_id in enumerate(wanted.column("item_id").to_pylist())}
-    uris, stamps = wanted.column("uri").to_pylist(), wanted.column("stamp").to_pylist()
-    known: dict[str, dict[Span, tuple[str, int]]] = {}
-    buffer = writer.buffer(modality, encoder)
-    carried = 0
-    for part in parts:
-        for shard in committed_shards(store, part):
-            if shard.modality != modality or shard.encoder != encoder or shard.items_file is None:
-                continue
-            path = store.path("features", part, shard.items_file)
-            table = pq.read_table(path, filesystem=store.filesystem, partitioning=None)
-            old_rows, new_rows = [], []
-            names = ("uri", "stamp", "content_hash", "start_seconds", "end_seconds")
-            columns = (column.to_pylist() for column in (file_ids(table), *(table.column(n) for n in names)))
-            for number, (file_id, uri, stamp, content_hash, start, end) in enumerate(zip(*columns)):
-                known.setdefault(content_hash, {})[None if start is None else (start, end)] = (path, number)
-                row = row_of.get(file_id)
-                if row is not None and uris[row] == uri and stamps[row] == stamp:
-                    old_rows.append(number)
-                    new_rows.append(row)
-            if old_rows:
-                old = table.take(pa.array(old_rows))
-                hashes, start, end = (old.column(n).combine_chunks() for n in names[2:])
-                rows = wanted.take(pa.array(new_rows))
-                buffer.add(item_rows(rows, hashes, embeddings_of(old), start, end), [], reused=len(old_rows))
-                carried += len(set(new_rows))
-                for file_id in rows.column("item_id").unique().to_pylist():  # all its segments are in this one shard
-                    del row_of[file_id]
-    buffer.flush()
-    return carried, KnownEmbeddings(store.filesystem, known)
 
 
 def item_rows(

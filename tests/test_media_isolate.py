@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import math
 import os
 import signal
 import subprocess
@@ -70,6 +71,15 @@ def test_errors_keep_their_cause_and_the_child() -> None:
     assert "limits.max_pixels" in str(error.value)
     isolated(png())
     assert child_of(isolated) == child
+
+
+def test_too_little_memory_is_no_fault_of_the_file() -> None:
+    class Greedy(ImageDecoder):
+        def whole(self, data: bytes, most: float = math.inf) -> np.ndarray:
+            raise MemoryError
+
+    header, _ = isolate._decoded(Greedy(LimitSettings()), png(), isolate._WHOLE, math.inf, math.nan)
+    assert header["cause"] == Cause.CRASHED and "memory" in header["found"]
 
 
 def test_a_crash_costs_one_file() -> None:

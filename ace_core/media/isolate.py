@@ -305,6 +305,8 @@ def _decoded(decoder: Decoder, data: bytes, asked: int, first: float, last: floa
             answer = decoder(data, *(None if math.isnan(seconds) else seconds for seconds in (first, last)))
     except MediaError as e:
         return {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}, nothing
+    except MemoryError:  # of this machine, now: another time it may be enough
+        return {"cause": str(Cause.CRASHED), "found": "the decoder ran out of memory", "remedy": ""}, nothing
     except Exception as e:  # a decoder's own bug with this file
         return {"cause": str(Cause.CORRUPT), "found": f"{type(e).__name__}: {e}", "remedy": ""}, nothing
     if isinstance(answer, float):
