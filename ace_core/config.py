@@ -208,7 +208,9 @@ class SearchSettings(Section):
         description="drafted identifiers ranked beside the beam's; 0 for none (mode: beam, rerank)",
     )
     scoring: Literal["vocabulary", "children"] = Field(
-        "vocabulary", description="what a token's probability is a share of (mode: beam)"
+        "vocabulary",
+        description="what a token's probability is a share of (mode: beam): its level's tokens, or what follows its row "
+        "(children: faster, for the decoder is not asked where one item is left, but by itself it finds less)",
     )
     k: int = Field(20, ge=1, le=1000, description="results returned by default")
     rerank: bool = Field(True, description="combine the generator's score with the similarity of the rebuilt item")
