@@ -209,7 +209,7 @@ class SearchSettings(Section):
     )
     scoring: Literal["vocabulary", "children"] = Field(
         "vocabulary",
-        description="what a token's probability is a share of (mode: beam): its level's tokens, or what follows its row "
+        description="what a token's probability is a share of (mode: beam): its level's tokens, or what follows a row "
         "(children: faster, for the decoder is not asked where one item is left, but by itself it finds less)",
     )
     k: int = Field(20, ge=1, le=1000, description="results returned by default")
