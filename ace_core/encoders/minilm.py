@@ -51,7 +51,7 @@ class MiniLM(BatchedText):
         super().__init__(layers=settings.fusion_layers, device=device, pad=config["pad_token_id"])
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._tokenizer.encode_batch(texts)]
+        return [found.ids for found in self._tokenizer.encode_batch_fast(texts)]
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._model(ids, mask, self.layers)

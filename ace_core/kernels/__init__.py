@@ -1,11 +1,11 @@
-"""Compiled loops over the constraint index, the codewords and the stored remainders (CPU).
+"""Compiled loops over the constraint index, the codewords and the stored remainders, and the text encoder (CPU).
 
 Why numba: the walk is a data-dependent loop over a few hundred real children a row, which tensor operations can only
 do by padding every row to its level's vocabulary; a compiled loop looks at the children alone and rejects most of
 them with one comparison. A C++ torch operator would need a compiler on the user's machine.
 
 Arrays of the index are passed as addresses, so one compilation serves any number of segments, 8- and 16-bit tokens,
-32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 15 s once a machine. The kernels are
+32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs about 20 s once a machine. The kernels are
 serial and release the GIL: threads that search at the same time share nothing but the read-only index (numba's own
 thread pool is not used; its default layer is not thread-safe).
 """

@@ -91,8 +91,8 @@ def gelu(x):
 
 
 @partial(compiled, fastmath=_SUMS)
-def norm(x, gain, shift, eps, out):
-    """Layer norm of x (k,) float32 into ``out``."""
+def norm(x, gain, shift, eps):
+    """Layer norm of x (k,) float32, in place."""
     count = np.float32(len(x))
     total = np.float32(0)
     for d in range(len(x)):
@@ -103,7 +103,7 @@ def norm(x, gain, shift, eps, out):
         square += (x[d] - mean) * (x[d] - mean)
     scale = np.float32(1) / math.sqrt(square / count + eps)
     for d in range(len(x)):
-        out[d] = (x[d] - mean) * scale * gain[d] + shift[d]
+        x[d] = (x[d] - mean) * scale * gain[d] + shift[d]
 
 
 @partial(compiled, fastmath=_SUMS)
@@ -111,7 +111,7 @@ def add_and_norm(x, more, gain, shift, eps):
     """Add ``more`` to x, both (k,) float32, and norm the sum in place."""
     for d in range(len(x)):
         x[d] += more[d]
-    norm(x, gain, shift, eps, x)
+    norm(x, gain, shift, eps)
 
 
 @partial(compiled, fastmath=_SUMS)
@@ -183,8 +183,8 @@ def forward(ids, lengths, model, states, pooled):
     for text in range(len(ids)):
         for place in range(lengths[text]):
             for d in range(width):
-                read[row, d] = model.words[ids[text, place], d] + model.places[place, d]
-            norm(read[row], model.first_norm.gain[0], model.first_norm.shift[0], eps, x[row])
+                x[row, d] = model.words[ids[text, place], d] + model.places[place, d]
+            norm(x[row], model.first_norm.gain[0], model.first_norm.shift[0], eps)
             row += 1
     for layer in range(layers):
         linear(x, model.joined.weights[layer], model.joined.bias[layer], parts)
