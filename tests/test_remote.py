@@ -22,6 +22,7 @@ from ace_core.errors import AceError
 from ace_core.settings_file import load_settings
 from pipelines import cli, remote
 from pipelines.remote import run_as_job
+from tests.ports import held_ports
 
 
 class FakeClient:
@@ -116,21 +117,17 @@ def test_no_cluster_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not take the job" in capsys.readouterr().err
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture
 def head() -> Iterator[str]:
     """A real cluster of one node, in processes of its own that end with the one that is started here."""
-    port, dashboard = _free_port(), _free_port()
-    with tempfile.TemporaryDirectory(prefix="ace-ray-", ignore_cleanup_errors=True) as folder:
+    with (
+        held_ports(4) as (port, dashboard, client, agent),
+        tempfile.TemporaryDirectory(prefix="ace-ray-", ignore_cleanup_errors=True) as folder,
+    ):
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
-            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={_free_port()}",
-            f"--dashboard-agent-listen-port={_free_port()}",
+            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",
             f"--temp-dir={folder}", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats",
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
@@ -193,7 +190,7 @@ def test_stages_run_as_jobs_of_a_real_cluster(head: str, tmp_path: Path) -> None
 
     done = ace("ingest")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 audio" in done.stdout  # said there, shown here
+    assert "12 sounds" in done.stdout  # said there, shown here
     assert len(list((tmp_path / "store" / "features").glob("*/audio/*.parquet"))) >= 1
     failed = ace("publish")  # nothing was fitted: the same error and the same exit code as here
     assert failed.returncode not in (0, None) and "ace fit" in failed.stdout + failed.stderr

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import yaml
 
 from ace_core.config import ServeSettings
 from serve.client import Client
+from tests.ports import held_ports
 from tests.tiny_store import TinyStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -47,16 +47,6 @@ class Head:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-
-def _ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
@@ -84,7 +74,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    gcs, dashboard, agent, client, port = _ports(5)
+    with held_ports(5) as ports:
+        yield from _head(*ports)
+
+
+def _head(gcs: int, dashboard: int, agent: int, client: int, port: int) -> Iterator[Head]:
     folder = tempfile.mkdtemp(prefix="ray")  # sockets lie below: its name has to be short
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     node = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from serve.app import ReplicaBackend, _bound
 from serve.calls import Options, TextCall
 from serve.http import build_http
 from serve.listen import listening
+from tests.ports import held_ports
 from tests.serving_world import WordBackend, draw_corpus, publish
 
 _WAIT = 60.0
@@ -204,3 +206,16 @@ def test_a_request_that_does_not_arrive_is_given_up(store: Path) -> None:
             assert (await _ask(port, _head(len(_SEARCH)) + _SEARCH))[0] == 200
 
     _run(test)
+
+
+def test_a_held_port_is_given_to_nobody_and_can_be_listened_on() -> None:
+    """What tests that start servers of their own rely on."""
+    with held_ports(2) as (first, second):
+        assert first != second
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", first))
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with socket.create_server((host, first)), socket.create_connection(("127.0.0.1", first), timeout=30):
+                pass
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", second))
