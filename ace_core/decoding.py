@@ -191,10 +191,10 @@ def _spell(
             asked = np.arange(rows.width) < rows.live[:, None]
             if not asked.any():
                 break
-            open_ = asked & (_allowed_below(walk, rows, allowed) > 1)
+            undecided = asked & (_allowed_below(walk, rows, allowed) > 1)
             if renormalise:
-                asked = open_
-            elif walk.levels - level > 1 and not open_.any():
+                asked = undecided
+            elif walk.levels - level > 1 and not undecided.any():
                 return _score_rest(model, state, walk, rows, addresses, place)
             log_probs, state, place = _step(model, state, rows, asked, place, walk.vocab_sizes[level])
         rows = walk.expand(rows, log_probs, beam, addresses, renormalise=renormalise)
@@ -220,17 +220,17 @@ def _step(
         return np.zeros((queries, 1, vocabulary), np.float32), state, place
     # the rows asked about come first; what fills a query up to the fullest one is not used
     chosen = np.arange(width)[None] if most == width else np.argsort(~asked, axis=1, kind="stable")[:, :most]
+    here = np.arange(queries)[:, None], chosen
     device = state.modality_logp.device
-    tokens = _tensor(np.take_along_axis(rows.codes[..., rows.level - 1], chosen, 1), device)
-    parents = _tensor(_parents(rows, place, chosen), device) if rows.level > 1 else None
-    found, state = model.step(state, tokens, parents, rows.level)
+    parents = _tensor(place[here[0], rows.parent[here]], device) if rows.level > 1 else None
+    found, state = model.step(state, _tensor(rows.codes[*here, rows.level - 1], device), parents, rows.level)
     log_probs = _numpy(found)
     if most < width:
         scattered = np.zeros((queries, width, vocabulary), log_probs.dtype)
-        np.put_along_axis(scattered, chosen[..., None], log_probs, 1)
+        scattered[here] = log_probs
         log_probs = scattered
     place = np.zeros((queries, width), np.int64)
-    np.put_along_axis(place, chosen, np.arange(most)[None], 1)
+    place[here] = np.arange(most)
     return log_probs, state, place
 
 
@@ -244,15 +244,10 @@ def _score_rest(
         certain = np.zeros((len(rows.live), 1, walk.vocab_sizes[deeper]), np.float32)
         leaves = walk.expand(leaves, certain, width, addresses)
     device = state.modality_logp.device
-    parents = _tensor(_parents(rows, place, np.arange(width)[None]), device) if level > 1 else None
+    parents = _tensor(np.take_along_axis(place, rows.parent[:, :width], 1), device) if level > 1 else None
     scored = model.score(state, _tensor(leaves.codes[:, :width, level - 1 :], device), parents, level)
     known = rows.level_log_prob[:, :width, :level]
     return _reordered(leaves, np.concatenate([known, _numpy(scored)], axis=2))
-
-
-def _parents(rows: Rows, place: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """(n, U) the state's numbers of what chosen rows (n or 1, U) continue."""
-    return np.take_along_axis(place, np.take_along_axis(rows.parent, chosen, 1), 1)
 
 
 def _allowed_below(walk: Walk, rows: Rows, masks: Sequence[Masks]) -> np.ndarray:
@@ -261,9 +256,10 @@ def _allowed_below(walk: Walk, rows: Rows, masks: Sequence[Masks]) -> np.ndarray
     Args:
         masks: one for each segment, once or for each query.
     """
-    counts = np.zeros((len(rows.live), rows.width), np.int64)
+    queries, width = len(rows.live), rows.width
+    counts = np.zeros((queries, width), np.int64)
     for s, segment in enumerate(walk.segments):
-        low, high = segment.items_of(rows.level, rows.low[:, : rows.width, s], rows.high[:, : rows.width, s])
+        low, high = segment.items_of(rows.level, rows.low[:, :width, s], rows.high[:, :width, s])
         for at, of_segments in enumerate(masks):
             own = slice(None) if len(masks) == 1 else at
             mask = of_segments[s]

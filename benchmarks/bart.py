@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -77,19 +78,19 @@ class BartState:
     """
 
     modality_logp: torch.Tensor
-    memory: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    memory: tuple[tuple[torch.Tensor, ...], ...]
     mask: torch.Tensor
     past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Map = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _exact(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
+def _exact(weight: torch.Tensor, bias: torch.Tensor) -> Map:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-def _eight_bit(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
+def _eight_bit(weight: torch.Tensor, bias: torch.Tensor) -> Map:
     """Weights in 8 bits ahead, a scale for each output; activations as they come."""
     scale = weight.abs().amax(1) / 127
     quantised = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
@@ -102,18 +103,18 @@ def _eight_bit(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
 class _Layer:
     """A decoder layer's linear maps, those of one input side by side, and its norms."""
 
-    own: Linear
-    own_out: Linear
-    cross: Linear
-    memory: Linear
-    cross_out: Linear
-    widen: Linear
-    narrow: Linear
-    norms: tuple[nn.LayerNorm, nn.LayerNorm, nn.LayerNorm]
+    own: Map
+    own_out: Map
+    cross: Map
+    memory: Map
+    cross_out: Map
+    widen: Map
+    narrow: Map
+    norms: tuple[Map, ...]
 
     @classmethod
-    def of(cls, layer: nn.Module, linear: Callable[[torch.Tensor, torch.Tensor], Linear]) -> _Layer:
-        def joined(*parts: nn.Linear) -> Linear:
+    def of(cls, layer: Any, linear: Callable[[torch.Tensor, torch.Tensor], Map]) -> _Layer:
+        def joined(*parts: nn.Linear) -> Map:
             return linear(
                 torch.cat([part.weight.detach() for part in parts]), torch.cat([part.bias.detach() for part in parts])
             )
@@ -123,7 +124,10 @@ class _Layer:
             joined(own.q_proj, own.k_proj, own.v_proj), joined(own.out_proj),
             joined(cross.q_proj), joined(cross.k_proj, cross.v_proj), joined(cross.out_proj),
             joined(layer.fc1), joined(layer.fc2),
-            (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm),
+            tuple(
+                partial(F.layer_norm, normalized_shape=n.normalized_shape, weight=n.weight, bias=n.bias, eps=n.eps)
+                for n in (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+            ),
         )  # fmt: skip
 
 
@@ -140,7 +144,7 @@ class BartSpeller:
         linear = _eight_bit if eight_bit else _exact
         self.vocab_sizes = tuple(vocab_sizes)
         self._decoder = model.model.decoder
-        self._heads = model.config.decoder_attention_heads
+        self._heads = cast(int, model.config.decoder_attention_heads)
         self._layers = [_Layer.of(layer, linear) for layer in self._decoder.layers]
         edges = torch.tensor([_SPECIAL, *vocab_sizes]).cumsum(0).tolist()
         self.offsets = edges[:-1]
@@ -176,7 +180,8 @@ class BartSpeller:
             y = y.transpose(1, 2).reshape(n, beams, new, width)
             x = layer.norms[0](x + layer.own_out(y))
             (q,) = self._split(layer.cross(x).flatten(1, 2))  # (n, heads, B * p, d): one query's rows
-            y = F.scaled_dot_product_attention(q, *state.memory[number], attn_mask=state.mask)
+            keys, values = state.memory[number]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.mask)
             y = y.transpose(1, 2).reshape(n, beams, new, width)
             x = layer.norms[1](x + layer.cross_out(y))
             x = layer.norms[2](x + layer.narrow(F.gelu(layer.widen(x))))
