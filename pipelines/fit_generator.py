@@ -42,11 +42,13 @@ def _said(metrics: dict[str, Any]) -> str:
 
 def _fit(context: FitContext) -> dict[str, Any]:
     from ace_core.aligner import Aligner
+    from ace_core.encoders import load_text_encoder
     from ace_core.generator.data import TrainingData
     from ace_core.generator.model import Generator
     from ace_core.generator.training import fit_generator
     from ace_core.quantize.quantizer import Quantizer
     from pipelines.ranking import learn_ranking
+    from pipelines.texts import text_encoder_of
 
     settings, store = context.settings, context.store
     corpus = load_corpus(store, context.inputs["features"], settings)
@@ -80,12 +82,15 @@ def _fit(context: FitContext) -> dict[str, Any]:
     )
     metrics: dict[str, Any] = {"loss": report.final, "steps": len(report.losses), "captions": len(chosen)}
     if context.collective.rank == 0:  # the others are done: nothing below is shared work
+        texts = store.find("texts", context.inputs["texts"])
+        trained = None if texts is None else texts.inputs.get("text_encoder")
         metrics |= learn_ranking(
             context.folder,
             generator=generator,
             quantizer=quantizer,
             aligner=aligner,
             captions=captions,
+            encoder=load_text_encoder(text_encoder_of(settings.encoders.text, trained, store)),
             queries=validation_pairs(corpus.split),
             trained=pairs.rows,
             vectors=vectors,

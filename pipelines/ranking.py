@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ace_core.aligner import Aligner
 from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
 from ace_core.decoding import search_candidates
+from ace_core.encoders import TextEncoder
 from ace_core.features import Pairs
 from ace_core.generator.model import Generator
 from ace_core.generator.refinement import choose_refinement
@@ -28,6 +29,7 @@ from pipelines.texts import CaptionFeatures
 MAX_QUERIES = 2000
 MIN_QUERIES = 20  # fewer teach nothing: the default mix stands
 BATCH = 32
+NONSENSE = 300  # texts that mean nothing, beside the validation queries
 
 
 def caption_batches(
@@ -45,6 +47,25 @@ def caption_batches(
         yield QueryBatch(vector, hidden, torch.from_numpy(mask[:, :longest].copy()))
 
 
+def nonsense(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Up to ``count`` texts that look like these and mean nothing: their words with the letters in any order."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for row in rng.permutation(len(texts))[:count].tolist():
+        mixed = " ".join("".join(rng.permutation(list(word))) for word in texts[row].split())
+        if mixed != " ".join(texts[row].split()):
+            out.append(mixed)
+    return out
+
+
+def text_batches(texts: Sequence[str], encoder: TextEncoder, aligner: Aligner) -> Iterator[QueryBatch]:
+    """Texts as queries, encoded here."""
+    for start in range(0, len(texts), BATCH):
+        with torch.inference_mode():
+            features = encoder.encode(texts[start : start + BATCH])
+            yield QueryBatch(aligner.text(features.pooled), features.hidden, features.mask)
+
+
 def learn_ranking(
     folder: Path,
     *,
@@ -52,6 +73,7 @@ def learn_ranking(
     quantizer: Quantizer,
     aligner: Aligner,
     captions: CaptionFeatures,
+    encoder: TextEncoder,
     queries: Pairs,
     trained: np.ndarray,
     vectors: np.ndarray,
@@ -64,6 +86,7 @@ def learn_ranking(
     its learned correction the generator adds to a query (it must be saved afterwards).
 
     Args:
+        encoder: what encoded the captions; encodes :func:`nonsense`.
         queries: captions of validation items, rows into ``vectors``.
         trained: rows of items whose captions were trained on; queries for them and for others weigh the same.
         vectors: (N, D) float32, the whole corpus' items. codes: (N, levels), their identifiers.
@@ -83,13 +106,19 @@ def learn_ranking(
     seen = np.isin(queries.rows, trained)
     batches = caption_batches(queries.texts, captions, aligner)
     refinement = choose_refinement(generator, batches, queries.rows, vectors, modality, trained=seen, seed=seed)
-    refined, candidates = _search(generator, queries, captions, aligner, gallery, settings)
+    batches = caption_batches(queries.texts, captions, aligner)
+    refined, candidates = _search(generator, batches, gallery, settings)
     if len(queries) < MIN_QUERIES:
         Ranker().save(folder / RANKING_NAME)
         return {"validation_queries": len(queries), "refinement": refinement}
     similar = similarity(refined, candidates, [gallery], quantizer)
     right = candidates.valid & (candidates.row == gold[:, None])
-    ranker = fit_ranker(candidates.log_prob, similar, right, valid=candidates.valid, weight=even_weights(seen))
+    asked = text_batches(nonsense(queries.texts, NONSENSE, seed), encoder, aligner)
+    off, strays = _search(generator, asked, gallery, settings)
+    nearest = np.where(strays.valid, similarity(off, strays, [gallery], quantizer), -np.inf).max(1, initial=-np.inf)
+    ranker = fit_ranker(
+        candidates.log_prob, similar, right, valid=candidates.valid, weight=even_weights(seen), nonsense=nearest
+    )
     ranker.save(folder / RANKING_NAME)
     score = ranker.score(candidates.log_prob, similar, candidates.valid)
     own = np.where(right, score, -np.inf).max(1)
@@ -104,17 +133,12 @@ def learn_ranking(
 
 
 def _search(
-    generator: Generator,
-    queries: Pairs,
-    captions: CaptionFeatures,
-    aligner: Aligner,
-    gallery: Gallery,
-    settings: SearchSettings,
+    generator: Generator, batches: Iterator[QueryBatch], gallery: Gallery, settings: SearchSettings
 ) -> tuple[np.ndarray, Candidates]:
     walk = Walk([gallery.index])
     found: list[Candidates] = []
     refined = [np.empty((0, generator.dim), np.float32)]
-    for batch in caption_batches(queries.texts, captions, aligner):
+    for batch in batches:
         with torch.inference_mode():
             refined.append(generator.refine(batch).float().numpy())
         found.append(search_candidates(generator, batch, walk, settings=settings))

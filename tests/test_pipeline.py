@@ -18,7 +18,8 @@ import pytest
 
 from ace_core.errors import CorpusError, QualityError, StoreError
 from ace_core.manifest import Manifest
-from ace_core.retriever import Retriever
+from ace_core.ranking import Ranker
+from ace_core.retriever import RANKING_NAME, Retriever
 from ace_core.settings_file import load_settings
 from ace_core.snapshot import Snapshot
 from ace_store import Store
@@ -29,6 +30,7 @@ from pipelines.fit_quantizer import fit_quantizer_stage
 from pipelines.ingest import ingest
 from pipelines.progress import Reporter
 from pipelines.publish import live_ids, publish_stage
+from pipelines.ranking import nonsense
 from pipelines.train import FitContext, run_fit
 from tests.corpora import write_tone
 from tests.world import SMALL, World, fit_all
@@ -62,6 +64,18 @@ def test_what_was_fitted_finds_what_it_was_fitted_on(world: World) -> None:
         assert len(hits) == 5 and {h.modality for h in hits} == {"audio"}
     for hit in retriever.search(["a square"], k=20, filters={"colour": "red", "rank": {"lt": 20}})[0]:
         assert hit.attributes["colour"] == "red" and hit.attributes["rank"] < 20  # type: ignore[operator]
+
+
+def test_the_ranking_was_taught_what_no_match_is(world: World) -> None:
+    """On texts that mean nothing, encoded by the corpus' own text encoder."""
+    ranker = Ranker.load(Path(world.settings.store) / "generator" / world.store.latest("generator").id / RANKING_NAME)
+    retriever = Retriever.open(world.store.mirror())
+    assert ranker.threshold == retriever.threshold
+    asked = [row["captions"][0] for row in world.rows if row["split"] == "train"]
+    plain = retriever.search(asked, k=1)
+    stray = retriever.search(nonsense(asked, 50, seed=5), k=1)
+    assert np.mean([h[0].score for h in stray]) < np.mean([h[0].score for h in plain])
+    assert ranker.answerable is not None and ranker.answerable[0] > 0
 
 
 def test_running_again_does_nothing(world: World) -> None:

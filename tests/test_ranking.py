@@ -9,6 +9,7 @@ import pytest
 
 from ace_core.errors import StoreError
 from ace_core.ranking import Ranker, even_weights, fit_ranker
+from pipelines.ranking import nonsense
 
 
 def queries(n: int = 400, c: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,6 +86,52 @@ def test_the_threshold_keeps_most_answers_and_turns_noise_away() -> None:
     assert (quiet < ranker.threshold).mean() > 0.5
 
 
+def _stray(seed: int, nearer: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Queries without an answer: one candidate stands out as much as a right one, but all are farther away."""
+    log_prob, similarity, _ = queries(seed=seed)
+    similarity[:, 0] += 0.12
+    return log_prob, similarity - 0.1 + np.float32(nearer)
+
+
+def test_texts_that_mean_nothing_teach_what_no_match_is() -> None:
+    plain, taught = (fit_ranker(*queries(), nonsense=n) for n in (None, _stray(7)[1].max(1)))
+    confident = {}
+    for name, ranker in (("plain", plain), ("taught", taught)):
+        log_prob, similarity, right = queries(seed=3)
+        best = ranker.probability(ranker.score(log_prob, similarity), similarity).max(1)
+        assert (best[right.any(1)] >= ranker.threshold).mean() > 0.9  # as many answers are kept
+        log_prob, similarity = _stray(8)
+        stray = ranker.probability(ranker.score(log_prob, similarity), similarity).max(1)
+        confident[name] = (stray >= ranker.threshold).mean()
+    assert confident["plain"] > 0.7 and confident["taught"] < 0.4
+
+
+def test_nonsense_that_is_as_near_as_sense_changes_nothing() -> None:
+    plain = fit_ranker(*queries())
+    for stray in (_stray(7, nearer=1.0)[1].max(1), _stray(7)[1].max(1)[:5]):  # nearer than any answer; too few
+        assert fit_ranker(*queries(), nonsense=stray) == plain
+
+
+def test_what_a_filter_leaves_is_judged_by_what_it_leaves() -> None:
+    """Padding and candidates that do not pass have no say in whether a query means anything."""
+    taught = fit_ranker(*queries(), nonsense=_stray(7)[1].max(1))
+    log_prob, similarity, _ = queries(seed=3)
+    score = taught.score(log_prob, similarity)
+    few = np.where(np.arange(score.shape[1]) < 3, score, -np.inf)
+    cut = taught.probability(few[:, :3], similarity[:, :3])
+    np.testing.assert_allclose(taught.probability(few, similarity)[:, :3], cut, rtol=1e-9)
+    assert (taught.probability(np.full_like(score, -np.inf), similarity) == 0).all()
+    assert taught.probability(score[:, :0], similarity[:, :0]).shape == (len(score), 0)
+
+
+def test_nonsense_has_the_letters_of_what_it_is_made_from() -> None:
+    texts = ["a red fruit", "42", "ein Hund bellt", "红色的水果", "x"]
+    made = nonsense(texts, 10, seed=0)
+    assert made == nonsense(texts, 10, seed=0) and 2 <= len(made) <= 4 and not set(made) & set(texts)
+    assert all(sorted(text) in [sorted(t) for t in texts] for text in made)
+    assert len(nonsense([f"thing number {n}" for n in range(50)], 20, seed=1)) == 20
+
+
 def test_candidates_that_are_not_valid_never_win() -> None:
     ranker = fit_ranker(*queries())
     log_prob, similarity, _ = queries(n=5)
@@ -102,9 +149,12 @@ def test_nothing_found_in_validation_leaves_the_start() -> None:
 
 
 def test_save_and_load(tmp_path) -> None:
-    ranker = fit_ranker(*queries())
-    ranker.save(tmp_path / "ranking.json")
-    assert Ranker.load(tmp_path / "ranking.json") == ranker
+    for ranker in (fit_ranker(*queries()), fit_ranker(*queries(), nonsense=_stray(7)[1].max(1))):
+        ranker.save(tmp_path / "ranking.json")
+        assert Ranker.load(tmp_path / "ranking.json") == ranker
+    before = '{"generator": 0.5, "similarity": 9.0, "calibration": [1.0, 0.0, 0.5], "threshold": 0.1}'
+    (tmp_path / "ranking.json").write_text(before)  # written before nonsense was asked
+    assert Ranker.load(tmp_path / "ranking.json") == Ranker(0.5, 9.0, (1.0, 0.0, 0.5), threshold=0.1)
     (tmp_path / "bad.json").write_text('{"generator": 1}')
     with pytest.raises(StoreError, match="cannot read the ranking"):
         Ranker.load(tmp_path / "bad.json")
