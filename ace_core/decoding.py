@@ -207,7 +207,7 @@ def _step(
     """Ask the model about some of the rows.
 
     Args:
-        asked: (n, width) bool, the rows that have more than one next token.
+        asked: (n, width) bool, which ones; those that have more than one next token among them.
         place: (n, B) int64, the state's number of each row that these rows continue.
 
     Returns:

@@ -72,15 +72,15 @@ def generate(
 
 @dataclass(frozen=True)
 class BartState:
-    """memory and past: per layer (keys, values); memory (n, heads, T, d), past (n, B, heads, t, d).
+    """memory and past: per layer keys, then values: memory (n, 2 heads, T, d), past (n, B, 2 heads, t, d).
 
     mask: (n, 1, 1, T), 0 where there is a token to attend to, else -inf.
     """
 
     modality_logp: torch.Tensor
-    memory: tuple[tuple[torch.Tensor, ...], ...]
+    memory: tuple[torch.Tensor, ...]
     mask: torch.Tensor
-    past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    past: tuple[torch.Tensor, ...]
 
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -151,9 +151,9 @@ class BartSpeller:
         table, bias = model.lm_head.weight.detach(), model.final_logits_bias[0]
         self._head = [linear(table[a:b].contiguous(), bias[a:b].contiguous()) for a, b in pairwise(edges)]
 
-    def _split(self, x: torch.Tensor, parts: int = 1) -> tuple[torch.Tensor, ...]:
-        """(..., p, parts * width) -> parts tensors (..., heads, p, d)."""
-        return x.unflatten(-1, (parts * self._heads, -1)).transpose(-2, -3).chunk(parts, -3)
+    def _split(self, x: torch.Tensor, parts: int = 1) -> torch.Tensor:
+        """(..., p, parts * width) -> (..., parts * heads, p, d)."""
+        return x.unflatten(-1, (parts * self._heads, -1)).transpose(-2, -3)
 
     def _embed(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
         """Tokens (..., p) in BART's numbering at positions position .. position + p - 1."""
@@ -163,24 +163,24 @@ class BartSpeller:
         return decoder.layernorm_embedding(x + places)
 
     def _run(
-        self, x: torch.Tensor, state: BartState, past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
+        self, x: torch.Tensor, state: BartState, past: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """x (n, B, p, width) -> hidden states of its positions, and the keys and values with theirs appended."""
         n, beams, new, width = x.shape
         kept = []
         for number, layer in enumerate(self._layers):
-            q, k, v = self._split(layer.own(x), 3)  # (n, B, heads, p, d)
-            if past:
-                k, v = torch.cat([past[number][0], k], 3), torch.cat([past[number][1], v], 3)
-            kept.append((k, v))
+            q, own = self._split(layer.own(x), 3).split([self._heads, 2 * self._heads], 2)
+            kept.append(torch.cat([past[number], own], 3) if past else own)
+            length = kept[-1].shape[3]
             causal = None
             if new > 1:
-                causal = torch.ones(new, k.shape[3], dtype=torch.bool, device=x.device).tril(k.shape[3] - new)
-            y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=causal)
+                causal = torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
+            keys, values = kept[-1].flatten(0, 1).chunk(2, 1)
+            y = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=causal)
             y = y.transpose(1, 2).reshape(n, beams, new, width)
             x = layer.norms[0](x + layer.own_out(y))
-            (q,) = self._split(layer.cross(x).flatten(1, 2))  # (n, heads, B * p, d): one query's rows
-            keys, values = state.memory[number]
+            q = self._split(layer.cross(x).flatten(1, 2))  # (n, heads, B * p, d): one query's rows
+            keys, values = state.memory[number].chunk(2, 1)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.mask)
             y = y.transpose(1, 2).reshape(n, beams, new, width)
             x = layer.norms[1](x + layer.cross_out(y))
@@ -200,13 +200,10 @@ class BartSpeller:
 
     def _continued(self, state: BartState, rows: torch.Tensor | None, beams: int):
         if rows is None:
-            return tuple(tuple(t.expand(-1, beams, -1, -1, -1) for t in of_layer) for of_layer in state.past)
-        before = state.past[0][0].shape[1]
+            return tuple(t.expand(-1, beams, -1, -1, -1) for t in state.past)
+        before = state.past[0].shape[1]
         flat = (rows + before * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
-        return tuple(
-            tuple(t.flatten(0, 1).index_select(0, flat).unflatten(0, rows.shape) for t in of_layer)
-            for of_layer in state.past
-        )
+        return tuple(t.flatten(0, 1).index_select(0, flat).unflatten(0, rows.shape) for t in state.past)
 
     def step(self, state: BartState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int):
         past = self._continued(state, parents, tokens.shape[1])
