@@ -24,6 +24,13 @@ class _Commands(TyperGroup):
         ctx.obj = list(args)
         return super().resolve_command(ctx, args)
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which they are needed; groups of commands come last by themselves."""
+        names = super().list_commands(ctx)
+        names.remove("fit")
+        names.insert(names.index("publish"), "fit")
+        return names
+
 
 app = typer.Typer(
     name="ace",
@@ -92,9 +99,12 @@ def on_cluster(
 def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
     """Turn the media of a corpus into features.
 
-    [bold]corpus.path[/bold] is a folder of images, audio and video (captions in captions.jsonl, .csv or .parquet, or in
-    a text file beside each item), a webdataset of tar shards, or a table of uris or bytes. Files that cannot be used
-    are counted by cause and kept in a table; they never stop the rest. Unchanged files are not encoded again.
+    [bold]corpus.path[/bold] is a folder of images, audio and video (captions in
+    captions.jsonl, .csv or .parquet, or in a text file beside each item), a
+    webdataset of tar shards, or a table of uris or bytes. Unchanged files are
+    not encoded again. Files that cannot be used are named and kept in a table,
+    each with its cause; they never stop the rest, and are tried again once they
+    change ([bold]touch[/bold] one to try it as it is).
     """
     from pipelines.ingest import ingest as stage
 
@@ -105,8 +115,9 @@ def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreO
 def caption(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
     """Write captions for items that have none, with a captioning model.
 
-    Set [bold]caption.image[/bold] (BLIP, GIT, ...) or [bold]caption.audio[/bold] to a model's folder or hub name. What
-    is generated stays apart from what people wrote: fits train on it, and recall is never measured with it.
+    Set [bold]caption.image[/bold] (BLIP, GIT, ...) or [bold]caption.audio[/bold] to a model's
+    folder or hub name. What is generated stays apart from what people wrote:
+    fits train on it, and recall is never measured with it.
     """
     from pipelines.caption import caption_stage
 
@@ -163,7 +174,7 @@ def fit_all(config: ConfigOption = None, changes: SetOption = None, store: Store
 
 @app.command()
 def publish(
-    removed: Annotated[bool, typer.Option("--removed", help="Also what was removed by name.")] = False,
+    removed: Annotated[bool, typer.Option("--removed", help="Also what was removed by id or attribute.")] = False,
     config: ConfigOption = None,
     changes: SetOption = None,
     store: StoreOption = None,
@@ -177,16 +188,16 @@ def publish(
 @app.command()
 def add(
     again: Annotated[
-        list[str] | None, typer.Argument(metavar="[IDS]...", help="Removed items to take in again.", show_default=False)
+        list[str] | None, typer.Argument(metavar="IDS", help="Removed items to take in again.", show_default=False)
     ] = None,
-    removed: Annotated[bool, typer.Option("--removed", help="Take all in again that were removed by name.")] = False,
+    removed: Annotated[bool, typer.Option("--removed", help="Take in again all removed by id or attribute.")] = False,
     config: ConfigOption = None,
     changes: SetOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Ingest what is new or changed in the corpus folder and publish it, without fitting anything again.
+    """Ingest what is new or changed in the corpus and publish it, without fitting anything again.
 
-    Says how well the codebooks still fit (drift), and what has disappeared from the folder.
+    Says how well the codebooks still fit (drift), and what is gone from the corpus.
     """
     from pipelines.change import add_stage
     from pipelines.ingest import ingest as ingest_stage
@@ -199,9 +210,10 @@ def add(
 
 @app.command()
 def remove(
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items.", show_default=False)] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="IDS", help="Ids of items.", show_default=False)] = None,
     where: Annotated[
-        list[str] | None, typer.Option("--where", metavar="NAME=VALUE", help="Items with this attribute.")
+        list[str] | None,
+        typer.Option("--where", metavar="NAME=VALUE", help="Items with this attribute (several: with all of them)."),
     ] = None,
     gone: Annotated[bool, typer.Option("--gone", help="Items that the last ingestion no longer found.")] = False,
     config: ConfigOption = None,
@@ -210,8 +222,9 @@ def remove(
 ) -> None:
     """Take items out of every answer: by id, by attribute, or because their file is gone.
 
-    What was removed by id or attribute stays out until it changes, or until [bold]ace add IDS[/bold] or
-    [bold]ace add --removed[/bold] takes it in again.
+    What was removed by id or attribute stays out until it changes, or until
+    [bold]ace add IDS[/bold] or [bold]ace add --removed[/bold] takes it in again. Files are left
+    where they are.
     """
     from pipelines.change import remove_stage
     from pipelines.search import parse_filters
@@ -222,12 +235,17 @@ def remove(
 
 @app.command()
 def rollback(
-    snapshot: Annotated[str | None, typer.Argument(help="Snapshot to return to; by default the one before.")] = None,
+    snapshot: Annotated[
+        str | None, typer.Argument(metavar="SNAPSHOT", help="The one to return to; by default the one before.")
+    ] = None,
     config: ConfigOption = None,
     changes: SetOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Make an earlier snapshot the current one again."""
+    """Make an earlier snapshot the current one again; running servers follow by themselves.
+
+    [bold]ace status[/bold] lists the snapshots.
+    """
     from pipelines.change import rollback_stage
 
     _, opened, reporter = context_of(config, changes, store)
@@ -236,7 +254,7 @@ def rollback(
 
 @app.command()
 def status(config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None) -> None:
-    """Show the snapshots of the store and what everything in it takes."""
+    """Show the snapshots of the store, which one is current, and how much space everything takes."""
     from pipelines.keep import status_table
 
     _, opened, reporter = context_of(config, changes, store)
@@ -264,14 +282,18 @@ def gc(
 
 @app.command()
 def search(
-    words: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to look for, in words.")],
-    k: Annotated[int | None, typer.Option("-k", min=1, help="Results wanted.", show_default="search.k")] = None,
+    words: Annotated[list[str], typer.Argument(metavar="TEXT", help="What to look for, in words.")],
+    k: Annotated[
+        int | None, typer.Option("-k", min=1, help="Results wanted.", show_default="setting: search.k")
+    ] = None,
     modality: Annotated[
         list[str] | None, typer.Option("--modality", "-m", help="image, audio or video; may be repeated.")
     ] = None,
     where: Annotated[
         list[str] | None,
-        typer.Option("--where", metavar="NAME=VALUE", help="Only such items; or 'year={gte: 10}'."),
+        typer.Option(
+            "--where", metavar="NAME=VALUE", help="Only such items; also 'year={gte: 2010}', 'colour=\\[red, blue]'."
+        ),
     ] = None,
     json_output: JsonOption = False,
     config: ConfigOption = None,
@@ -291,7 +313,11 @@ def search(
 def evaluate(
     json_output: JsonOption = False, config: ConfigOption = None, changes: SetOption = None, store: StoreOption = None
 ) -> None:
-    """Measure recall on captions that were kept out of training, against exact search on the same features."""
+    """Measure recall on captions that were kept out of training, against exact search on the same features.
+
+    The rival is the dual tower: queries and items as vectors, compared one by one.
+    Figures of few queries come with their intervals.
+    """
     import json
 
     from pipelines.evaluate import as_table, evaluate_stage
@@ -303,8 +329,8 @@ def evaluate(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="serve.host")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="serve.port")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="setting: serve.host")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="setting: serve.port")] = None,
     config: ConfigOption = None,
     changes: SetOption = None,
     store: StoreOption = None,
@@ -334,14 +360,14 @@ def demo(
     sounds: Annotated[int, typer.Option(min=20, help="Sounds of the demo corpus.")] = 400,
     clips: Annotated[int, typer.Option(min=20, help="Video clips of the demo corpus.")] = 240,
     port: Annotated[int, typer.Option(help="Port of the search page; 0 takes a free one.")] = 8000,
-    ci: Annotated[bool, typer.Option("--ci", help="Small corpus; query the server over HTTP and stop.")] = False,
+    ci: Annotated[bool, typer.Option("--ci", help="A small corpus; ask the server over HTTP and stop.")] = False,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="Stop after the evaluation.")] = False,
     changes: SetOption = None,
 ) -> None:
     """Make a corpus of pictures, sounds and clips, do everything with it, and open a search page.
 
-    Needs no network and no data: only [bold]pip install 'ace-retrieval\\[demo]'[/bold]. Run it again and it goes on
-    where it stopped.
+    Needs no network and no data: only [bold]pip install 'ace-retrieval\\[demo]'[/bold].
+    Run it again and it goes on where it stopped.
     """
     from pipelines.demo import DemoSize, run_demo
 

@@ -26,7 +26,7 @@ SetOption = Annotated[
 ]
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Folder or s3:// prefix for everything ACE writes.", show_default="store"),
+    typer.Option("--store", help="Folder or s3:// prefix for everything ACE writes.", show_default="setting: store"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

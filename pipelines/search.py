@@ -67,9 +67,16 @@ def parse_filters(conditions: list[str]) -> dict[str, Any]:
     filters: dict[str, Any] = {}
     for condition in conditions:
         name, equals, value = condition.partition("=")
+        name = name.strip()
+        if equals and name in filters:
+            raise QueryError(
+                f"{name} is asked for twice",
+                where="--where",
+                remedy=f"Write '{name}=[a, b]' for either value, '{name}={{gte: 1, lt: 5}}' for a range.",
+            )
         try:
             # An empty value is the empty text, as a quoted one.
-            filters[name.strip()] = yaml.load(value, _Values) if value.strip() else value
+            filters[name] = yaml.load(value, _Values) if value.strip() else value
         except yaml.YAMLError:
             equals = ""
         if not equals:

@@ -59,7 +59,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
     ("arguments", "code", "said"),
     [
         (["serch"], 2, "search"),
-        (["search"], 2, "Missing argument 'TEXT...'"),
+        (["search"], 2, "Missing argument 'TEXT'"),
         (["search", "x", "--bogus"], 2, "bogus"),
         (["publish", "--set", "quantiser.coarse=3"], 2, "quantizer"),
         (["publish", "--set", "quantizer.coarse=none"], 2, "quantizer.coarse"),
@@ -137,6 +137,20 @@ def test_a_condition_that_is_no_condition_is_refused() -> None:
     for condition in ("colour", "colour={gte: 1"):
         with pytest.raises(QueryError, match="is not NAME=VALUE"):
             parse_filters([condition])
+
+
+def test_an_attribute_that_is_asked_for_twice_is_refused() -> None:
+    """The second would silently take the place of the first."""
+    with pytest.raises(QueryError, match="colour is asked for twice") as error:
+        parse_filters(["colour=red", "year=2010", " colour =blue"])
+    assert "[a, b]" in error.value.remedy
+
+
+def test_commands_are_listed_in_the_order_of_their_use(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = _run(capsys, "--help")[1].partition("Commands")[2]
+    names = ["ingest", "caption", "fit ", "publish", "add", "search", "serve"]
+    places = [listed.index(f"│ {name}") for name in names]
+    assert places == sorted(places)
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
