@@ -103,7 +103,7 @@ def _left(writer: PartWriter, listing: Listing, modality: Modality, encoder: str
     parts = earlier_parts(writer.store, writer.part_id)
     good, bad, known = carry_over(writer, modality, encoder, missing, parts)
     if good or bad:
-        still_bad = f", {bad:,} more that could not be used are not tried again" if bad else ""
+        still_bad = f", {bad:,} known to be bad and not tried again" if bad else ""
         reporter.say(f"{modality.value}: {good:,} unchanged since the last ingestion{still_bad}")
         missing = not_in(missing, writer.done_ids(modality))
     return _Left(modality, encoder, missing, known)

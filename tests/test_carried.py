@@ -81,7 +81,7 @@ def test_a_file_known_to_be_bad_is_not_decoded_again_and_said_every_time(corpus:
         again = corpus.ingest()
         assert corpus.decoded == [] and corpus.errors(again) == bad and again.id != first.id
         assert again.metrics["errors"] == {"empty": 1, "not-audio": 1}
-        assert "2 unchanged since the last ingestion, 2 more that could not be used are not tried again" in corpus.said
+        assert "2 unchanged since the last ingestion, 2 known to be bad and not tried again" in corpus.said
         assert "2 files could not be used" in corpus.said and "junk.wav: not-audio (" in corpus.said
         assert "`touch` it" in corpus.said
     corpus.ingest()
