@@ -9,7 +9,6 @@ tokens are scored in one pass when all branches have stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -307,13 +306,14 @@ def _reordered(rows: Rows, level_log_prob: np.ndarray) -> Rows:
     score = np.where(np.arange(width) < rows.live[:, None], level_log_prob.sum(2), -np.inf)
     best = np.argsort(-score, axis=1, kind="stable")
     take = np.arange(len(score))[:, None], best
-    out = replace(rows, live=np.isfinite(score).sum(1), block=rows.block[take])  # a copy
+    out = rows._replace(live=np.isfinite(score).sum(1), block=rows.block[take])  # a copy
     out.score[:], out.level_log_prob[:] = score[take], level_log_prob[take]
     return out
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+def _tensor(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Whole numbers of any type as int64."""
+    return torch.from_numpy(numbers.astype(np.int64)).to(device)
 
 
 def _numpy(log_probs: torch.Tensor) -> np.ndarray:

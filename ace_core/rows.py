@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from ace_core.kernels.compiled import LOW, PARENT, SCORE, row_words
+from ace_core.kernels.compiled import LOW, PARENT, SCORE, probs_word, row_words
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """Beam rows of n queries after ``level`` tokens; B rows each, live ones first, best first.
 
     All that is known of a row lies side by side, in words of eight bytes: a compiled loop is handed one array, not six
-    (docs/LOG.md says what that saves), and a row is two or three cache lines. The properties are views.
+    (docs/LOG.md says what that saves), and a row is little more than a cache line. The properties are views.
 
     Attributes:
         level: tokens spelled so far.
@@ -63,11 +62,12 @@ class Rows:
 
     @property
     def codes(self) -> np.ndarray:
-        """(n, B, L) int64, the tokens so far."""
-        begin = LOW + 2 * self.segments
-        return self.block[..., begin : begin + self.levels]
+        """(n, B, L) uint16, the tokens so far."""
+        begin = 4 * (LOW + 2 * self.segments)
+        return self.block.view(np.uint16)[..., begin : begin + self.levels]
 
     @property
     def level_log_prob(self) -> np.ndarray:
-        """(n, B, L) float64 of the tokens so far."""
-        return self.block.view(np.float64)[..., LOW + 2 * self.segments + self.levels :]
+        """(n, B, L) float32 of the tokens so far."""
+        begin = 2 * probs_word(self.segments, self.levels)
+        return self.block.view(np.float32)[..., begin : begin + self.levels]

@@ -17,8 +17,10 @@ from ace_core.candidates import Candidates
 from ace_core.constraint import ConstraintIndex, pointer_levels
 from ace_core.errors import QueryError, StoreError
 from ace_core.filters import ItemMask
+from ace_core.kernels.compiled import row_words
 from ace_core.rows import Rows
 
+_DENSE = 8  # of so many tokens one must follow a node, in the mean, for a bitmap of them
 _SPREAD, _MORE = 4, 450  # prefixes for each row of a draft, and how many more there may be than rows
 
 Masks = Sequence[ItemMask | None]
@@ -45,7 +47,9 @@ class Walk:
                 f"segments have different vocabularies: {[s.vocab_sizes for s in self.segments]}",
                 remedy="All segments of a snapshot must come from one quantizer: publish again.",
             )
-        self._layout = _layout(self.segments)
+        # of the nodes of each level, which children they have, where these are many
+        self._present = [[_present(s, level) for s in self.segments] for level in range(self.levels)]
+        self._layout = _layout(self.segments, self._present)
         # a draft expands prefixes of so many tokens, and looks at all items below those that are left; as many for
         # segments as for the index that they would make together
         self.depth = max(s.depth for s in self.segments)
@@ -55,6 +59,7 @@ class Walk:
         self._masks: list[WeakKeyDictionary[ItemMask, tuple[np.ndarray, ...]]] = [
             WeakKeyDictionary() for _ in self.segments
         ]
+        self._row_words = row_words(len(self.segments), len(self.vocab_sizes))
         self._roots = np.array([len(s.level_tokens(0)) for s in self.segments], np.int64)
         self._offsets = np.cumsum([0, *self.vocab_sizes])
         self._plans: dict[int, np.ndarray] = {}  # by the identifiers that a draft keeps
@@ -87,19 +92,24 @@ class Walk:
             renormalise: share the probability among a row's allowed children.
         """
         level, queries = rows.level, len(rows.live)
-        if log_probs.shape[0] != queries or log_probs.shape[2] != self.vocab_sizes[level]:
+        given_queries, given_rows, vocabulary = log_probs.shape
+        if given_queries != queries or vocabulary != self.vocab_sizes[level]:
             raise _foreign_model(log_probs.shape, self.vocab_sizes)
-        if not (log_probs.shape[1] == 1 or rows.width <= log_probs.shape[1] <= rows.low.shape[1]):
+        room = rows.block.shape[1]
+        if given_rows not in (1, room) and not rows.width <= given_rows <= room:
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
         following = self._blank(queries, beam, level + 1)
-        kernels.expand(
-            self._layout, level, masks.bits, rows.block, rows.live, log_probs, renormalise,
-            following.block, following.live,
-        )  # fmt: skip
+        arrays = self._layout, level, masks.bits, rows.block, rows.live, log_probs, following.block, following.live
+        if len(self.segments) == 1 and not renormalise:
+            kernels.expand_one(*arrays)
+        else:
+            kernels.expand(*arrays, renormalise)
         return following
 
     def _blank(self, queries: int, beam: int, level: int) -> Rows:
-        return Rows.blank(queries, beam, level=level, levels=self.levels, segments=len(self.segments))
+        """Room for rows, none of them live; what is in it is undefined."""
+        live, block = np.empty(queries, np.int64), np.empty((queries, beam, self._row_words), np.int64)
+        return Rows(level, len(self.vocab_sizes), len(self.segments), live, block)
 
     def draft(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses) -> Rows:
         """Complete rows by tokens that do not depend on each other: :meth:`expand` for the first ``depth`` tokens, with
@@ -267,13 +277,32 @@ def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _layout(segments: Sequence[ConstraintIndex]) -> np.ndarray:
-    """(L, S, 5) int64 as the kernels read it: :mod:`ace_core.kernels.compiled`."""
-    return np.array([[_entry(segment, level) for segment in segments] for level in range(segments[0].levels)], np.int64)
+def _layout(segments: Sequence[ConstraintIndex], present: Sequence[Sequence[np.ndarray | None]]) -> np.ndarray:
+    """(L, S, 6) int64 as the kernels read it: :mod:`ace_core.kernels.compiled`."""
+    return np.array(
+        [[_entry(segment, level, known) for segment, known in zip(segments, row)] for level, row in enumerate(present)],
+        np.int64,
+    )
 
 
-def _entry(segment: ConstraintIndex, level: int) -> list[int]:
+def _present(segment: ConstraintIndex, level: int) -> np.ndarray | None:
+    """(parents, V / 64) uint64: which tokens of a level follow each node above it. None where too few do for looking at
+    all of them to be worth it, or where children are items."""
+    size = segment.vocab_sizes[level]
+    if not 0 < level < segment.depth or size % 64:
+        return None
+    tokens, begins = segment.tokens[level], segment.first_child[level - 1]
+    parents = len(begins) - 1
+    if len(tokens) * _DENSE < parents * size:
+        return None
+    there = np.zeros((parents, size), bool)
+    there[np.repeat(np.arange(parents), np.diff(begins)), tokens] = True
+    return np.packbits(there, axis=1, bitorder="little").view("<u8")
+
+
+def _entry(segment: ConstraintIndex, level: int, present: np.ndarray | None) -> list[int]:
     tokens = segment.level_tokens(level)
     pointers = segment.first_child[level] if level < segment.depth else None
     wide = pointers is not None and pointers.dtype == np.int64
-    return [_address(tokens), tokens.itemsize == 2, tokens.strides[0] // tokens.itemsize, _address(pointers), wide]
+    stride = tokens.strides[0] // tokens.itemsize
+    return [_address(tokens), tokens.itemsize == 2, stride, _address(pointers), wide, _address(present)]

@@ -14,6 +14,7 @@ from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
 from ace_core.kernels.items import collect, mark_parents
+from ace_core.kernels.single import expand_one
 from ace_core.kernels.similarity import add_products, products
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "draft",
     "draft_items",
     "expand",
+    "expand_one",
     "mark_parents",
     "products",
 ]

@@ -1,13 +1,15 @@
-"""The best children of the rows of one segment."""
+"""What the search for the best children of rows is made of, whatever the rows are."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import NO_MASK, any_bit, compiled, uint64_at
-from ace_core.kernels.selection import nth_largest
+from ace_core.kernels.compiled import NO_BITMAP, compiled, uint64_at
+from ace_core.kernels.selection import largest_few, nth_largest
 
-_MANY, _SHARE = 24, 12  # children for each row that is kept, from which on one of so many is looked at first
+_MANY, _SHARE = 6, 12  # children for each row that is kept, from which on one of so many is looked at first
+_SIGMAS = 2.5  # of the number of the best ones in the sample: seldom are they not enough, and all are looked at again
+_HANDFUL = 12
 
 
 @compiled
@@ -60,35 +62,41 @@ def cut_nodes(node, parent, score, size, keep, scratch):
 
 
 @compiled
-def likely_threshold(tokens, stride, rows, low, high, score, bits, log_probs, keep, values, scratch):
+def likely_threshold(
+    tokens, stride, rows, each, low, high, base, bits, table, begin, step, keep, values, room, scratch
+):  # fmt: skip
     """A score that somewhat more than ``keep`` allowed children of rows are likely to pass, from a sample of them; -inf
     where they are few.
 
     Args:
-        tokens: of the children, ``stride`` apart; low, high, score: of the rows; bits: address of the bitmap of allowed
-            children, 0 for all; log_probs: (1 or rows, V), none above zero.
-        values, scratch: room for the sample.
+        tokens: of the children, ``stride`` apart; low, high, base: of ``rows`` rows, ``each`` apart; bits: address of
+            the bitmap of allowed children, 0 for all.
+        table: log-probabilities, those of row r's children from ``begin + r * step`` on.
+        values, scratch: room for a sample of ``room``.
     """
     children = 0
-    for r in range(rows):
-        children += high[r] - low[r]
+    for at_row in range(0, rows * each, each):
+        children += high[at_row] - low[at_row]
     if children < _MANY * keep:
         return -np.inf
-    share = max(_SHARE, children // len(values) + 1)  # one child of so many is looked at
+    share = max(_SHARE, children // room + 1)  # one child of so many is looked at
     allowed = uint64_at(bits)
     count = at = 0
     for r in range(rows):
-        row = log_probs[0 if log_probs.shape[0] == 1 else r]
-        while at < high[r] - low[r]:
-            node = low[r] + at
-            if bits == NO_MASK or (allowed[node >> 6] >> np.uint64(node & 63)) & np.uint64(1):
-                values[count] = score[r] + min(np.float64(row[tokens[np.uint64(node * stride)]]), 0.0)
+        first, of_row, here = low[r * each], high[r * each] - low[r * each], base[r * each]
+        own = np.uint64(begin + r * step)
+        while at < of_row:
+            node = np.uint64(first + at)
+            if bits == NO_BITMAP or (allowed[node >> np.uint64(6)] >> (node & np.uint64(63))) & np.uint64(1):
+                values[count] = here + min(np.float64(table[own + np.uint64(tokens[node * np.uint64(stride)])]), 0.0)
                 count += 1
             at += share
-        at -= high[r] - low[r]
+        at -= of_row
     expected = keep / share
-    n = np.int64(expected + 3.0 * np.sqrt(expected)) + 1
-    return nth_largest(values, count, n, scratch) if n <= count else -np.inf
+    n = np.int64(expected + _SIGMAS * np.sqrt(expected)) + 1
+    if n > count:
+        return -np.inf
+    return largest_few(values, count, n, scratch) if n <= _HANDFUL else nth_largest(values, count, n, scratch)
 
 
 @compiled
@@ -105,118 +113,3 @@ def token_end(tokens, stride, node, end):
         else:
             high = middle
     return low
-
-
-@compiled
-def _scan(
-    tokens, stride, at, first, end, flat, bits, base, row, threshold, slot_score, slot_row, slot_low, slot_high, size, r
-):  # fmt: skip
-    """Put the children at .. end - 1 of row r that pass the threshold and the mask into slots, until there is no room.
-
-    The loop that a search's time is spent in: nearly all children end at its first comparison. Of children with one
-    token (where nodes are items) the first stands for all; ``first`` is the row's first child. Returns the next child
-    and slot.
-    """
-    margin = threshold - base
-    margin -= 1e-5 + 1e-6 * abs(margin)  # a bound that float32 cannot round past; the exact comparison follows
-    bound = row.dtype.type(margin)
-    allowed = uint64_at(bits)
-    step = np.uint64(stride)
-    for i in range(np.uint64(at), np.uint64(end)):
-        value = row[tokens[i * step]]
-        if value > bound:
-            total = base + min(np.float64(value), 0.0)
-            node = np.int64(i)
-            if total > threshold and (
-                not flat or node == first or tokens[i * step] != tokens[(i - np.uint64(1)) * step]
-            ):
-                stop = token_end(tokens, stride, node, end) if flat else node + 1
-                if bits == NO_MASK or any_bit(allowed, node, stop):
-                    if size == len(slot_score):
-                        return node, size
-                    slot_score[size] = total
-                    slot_row[size] = r
-                    slot_low[size, 0] = node
-                    slot_high[size, 0] = stop
-                    size += 1
-    return end, size
-
-
-@compiled
-def _best_of_many(
-    threshold, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
-    slot_score, slot_row, slot_low, slot_high, scratch,
-):  # fmt: skip
-    """Fill slots with the best ``keep`` children of rows above a threshold. Returns how many there are.
-
-    Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
-    the threshold is then the worst score kept. No child scores above its row by more than ``best``.
-    """
-    size = 0
-    for r in range(len(low)):
-        if score[r] + best <= threshold:
-            break  # rows come by falling score
-        row = log_probs[0 if len(log_probs) == 1 else r]
-        at = low[r]
-        while True:
-            at, size = _scan(
-                tokens, stride, at, low[r], high[r], flat, bits, score[r], row, threshold,
-                slot_score, slot_row, slot_low, slot_high, size, r,
-            )  # fmt: skip
-            if at == high[r]:
-                break
-            size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
-    return size
-
-
-@compiled
-def _all_of_few(
-    tokens, stride, flat, bits, low, high, score, log_probs, slot_score, slot_row, slot_low, slot_high
-):  # fmt: skip
-    """Put all allowed children of rows into slots, for which there is room. Returns how many there are."""
-    shared = len(log_probs) == 1
-    allowed = uint64_at(bits)
-    size = 0
-    for r in range(len(low)):
-        node, end = low[r], high[r]
-        while node < end:
-            stop = token_end(tokens, stride, node, end) if flat else node + 1
-            total = score[r] + min(np.float64(log_probs[0 if shared else r, tokens[node * stride]]), 0.0)
-            slot_score[size] = total
-            slot_row[size] = r
-            slot_low[size, 0] = node
-            slot_high[size, 0] = stop
-            size += (total > -np.inf) and (bits == NO_MASK or any_bit(allowed, node, stop))
-            node = stop
-    return size
-
-
-@compiled
-def best_of_one(
-    tokens, stride, flat, bits, low, high, score, log_probs, keep,
-    slot_score, slot_row, slot_low, slot_high, scratch,
-):  # fmt: skip
-    """Fill slots with children of the rows of one segment, the best ``keep`` among them. Returns how many there are."""
-    children = 0
-    for r in range(len(low)):
-        children += high[r] - low[r]
-    if children < len(slot_score):
-        return _all_of_few(
-            tokens, stride, flat, bits, low, high, score, log_probs, slot_score, slot_row, slot_low, slot_high
-        )
-    best = 0.0
-    if len(log_probs) == 1:
-        best = -np.inf
-        for token in range(log_probs.shape[1]):
-            best = max(best, min(np.float64(log_probs[0, token]), 0.0))
-    threshold = likely_threshold(tokens, stride, len(low), low, high, score, bits, log_probs, keep, slot_score, scratch)
-    size = _best_of_many(
-        threshold, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
-        slot_score, slot_row, slot_low, slot_high, scratch,
-    )  # fmt: skip
-    if size < keep and threshold > -np.inf:
-        size = _best_of_many(
-            -np.inf, tokens, stride, flat, bits, low, high, score, log_probs, best, keep,
-            slot_score, slot_row, slot_low, slot_high, scratch,
-        )  # fmt: skip
-    return size

@@ -11,29 +11,38 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
-NO_MASK = np.uint64(0)
+NO_BITMAP = np.uint64(0)
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.blake2b(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
-# The words of a segment's entry in a layout, an (L, S, 5) int64 array of L levels and S segments:
+# The words of a segment's entry in a layout, an (L, S, 6) int64 array of L levels and S segments:
 TOKENS = 0  # address of its tokens
 WIDE = 1  # 16-bit tokens instead of 8-bit?
 STRIDE = 2  # tokens from one node to the next
 POINTERS = 3  # address of first_child; 0 where a level's nodes are items: there a child is a run of equal tokens
 POINTERS_WIDE = 4  # 64-bit pointers instead of 32-bit?
+PRESENT = 5  # address of the bitmaps of which children the nodes of the level above have; 0 where they have few
 
-# The words of a beam row: its score (float64), the row that it continues, then S begins of its intervals and S ends, L
-# tokens and L log-probabilities (float64). ace_core.rows names what they mean.
-SCORE, PARENT, LOW = range(3)
+# The words of a beam row: its score (float64), the row that it continues, its node where there is one segment, then S
+# begins of its intervals and S ends, L tokens (uint16) and L log-probabilities (float32). ace_core.rows names what they
+# mean.
+SCORE, PARENT, NODE, LOW = range(4)
 
 
+@register_jitable
+def probs_word(segments: int, levels: int) -> int:
+    """Where the log-probabilities of a beam row begin."""
+    return LOW + 2 * segments + (levels + 3) // 4
+
+
+@register_jitable
 def row_words(segments: int, levels: int) -> int:
     """Words of a beam row."""
-    return LOW + 2 * segments + 2 * levels
+    return probs_word(segments, levels) + (levels + 1) // 2
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
@@ -59,13 +68,38 @@ def _pointer(typingctx, address):
 
 
 @intrinsic
-def _trailing_zeros(typingctx, word):
+def trailing_zeros(typingctx, word):
     """Below the lowest bit that is set in a uint64 other than 0."""
 
     def codegen(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def bit_count(typingctx, word):
+    """Bits that are set in a uint64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def exceeding(typingctx, address, bound):
+    """Which of 64 numbers at an address, of the bound's type, are above it: bit i of a uint64 for number i."""
+
+    def codegen(context, builder, signature, args):
+        vector = ir.VectorType(args[1].type, 64)
+        numbers = builder.load(builder.inttoptr(args[0], ir.PointerType(vector)), align=signature.args[1].bitwidth // 8)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0))
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
+        everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
+        return builder.bitcast(builder.fcmp_ordered(">", numbers, everywhere), ir.IntType(64))
+
+    return types.uint64(types.uint64, bound), codegen
 
 
 @intrinsic
@@ -160,10 +194,10 @@ def next_bit(words, low, high):
         return high
     word = words[low >> 6] >> np.uint64(low & 63)
     if word != np.uint64(0):
-        return min(low + _trailing_zeros(word), high)  # type: ignore[call-arg]
+        return min(low + trailing_zeros(word), high)  # type: ignore[call-arg]
     for at in range((low >> 6) + 1, ((high - 1) >> 6) + 1):
         if words[at] != np.uint64(0):
-            return min((at << 6) + _trailing_zeros(words[at]), high)  # type: ignore[call-arg]
+            return min((at << 6) + trailing_zeros(words[at]), high)  # type: ignore[call-arg]
     return high
 
 
@@ -173,5 +207,10 @@ def bits_end(words, bit, high):
     if bit >= high:
         return high
     beyond = ~(words[bit >> 6] >> np.uint64(bit & 63))  # what is shifted in ends a run, but for a whole word of ones
-    run = np.int64(64) if beyond == np.uint64(0) else _trailing_zeros(beyond)  # type: ignore[call-arg]
+    run = np.int64(64) if beyond == np.uint64(0) else trailing_zeros(beyond)  # type: ignore[call-arg]
     return min(bit + run, high)
+
+
+@compiled
+def float64_at(address):
+    return numba.carray(_pointer(address), (1,), np.float64)  # type: ignore[call-arg]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ace_core.kernels.children import cut
-from ace_core.kernels.compiled import LOW, PARENT, SCORE, compiled, token_at
+from ace_core.kernels.compiled import LOW, PARENT, SCORE, compiled, probs_word, token_at
 from ace_core.kernels.joined import any_allowed
 from ace_core.kernels.selection import order_best_first
 
@@ -81,19 +81,21 @@ def _complete_query(
                 cursor[s] = run_end[s]
     size, threshold = cut(slot_score, slot_row, slot_low, slot_high, size, keep, scratch)
     order_best_first(slot_score, size, order, other)
+    codes, done_codes, done_probs = rows.view(np.uint16), done.view(np.uint16), done.view(np.float32)
+    code_at, prob_at = 4 * codes_at, 2 * probs_word(segments, levels)
     for at in range(size):
         slot = order[at]
         done_reals[at, SCORE] = slot_score[slot]
         done[at, PARENT] = slot_row[slot]
         for level in range(depth):
-            done[at, codes_at + level] = rows[slot_row[slot], codes_at + level]
+            done_codes[at, code_at + level] = codes[slot_row[slot], code_at + level]
         for s in range(segments):
             begin, end = slot_low[slot, s], slot_high[slot, s]
             done[at, LOW + s], done[at, high_at + s] = begin, end
             for level in range(depth, levels if begin < end else depth):
-                done[at, codes_at + level] = token_at(layout, level, s, begin)
+                done_codes[at, code_at + level] = token_at(layout, level, s, begin)
         for level in range(levels):
-            done_reals[at, codes_at + levels + level] = table[offsets[level] + done[at, codes_at + level]]
+            done_probs[at, prob_at + level] = table[offsets[level] + done_codes[at, code_at + level]]
     done[size:] = 0
     return size
 

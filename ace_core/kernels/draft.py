@@ -12,7 +12,7 @@ import numpy as np
 from ace_core.kernels.children import cut_nodes, likely_threshold
 from ace_core.kernels.compiled import (
     LOW,
-    NO_MASK,
+    NO_BITMAP,
     PARENT,
     SCORE,
     STRIDE,
@@ -23,6 +23,8 @@ from ace_core.kernels.compiled import (
     compiled,
     next_bit,
     prefetch,
+    probs_word,
+    row_words,
     token_at,
     uint8_at,
     uint16_at,
@@ -44,7 +46,7 @@ def _best_children(
     for i in range(len(table)):
         best = max(best, table[i])
     order_best_first(base, rows, order, other)  # so that the threshold rises at once
-    likely = likely_threshold(tokens, 1, rows, low, high, base, bits, table.reshape(1, -1), keep, score, scratch)
+    likely = likely_threshold(tokens, 1, rows, 1, low, high, base, bits, table, 0, 0, keep, score, len(score), scratch)
     size = _children_above(
         likely, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
     )
@@ -70,7 +72,7 @@ def _children_above(
         begin = low[r]
         while begin < high[r]:
             end = high[r]
-            if bits != NO_MASK:
+            if bits != NO_BITMAP:
                 begin = next_bit(allowed, begin, end)
                 end = bits_end(allowed, begin, end)
             for i in range(np.uint64(begin), np.uint64(end)):
@@ -131,7 +133,8 @@ def _draft_query(
             node[depth], parent[depth], score[:room], totals, scratch,
         )  # fmt: skip
     order_best_first(score, size, order, other)
-    reals = done.view(np.float64)
+    reals, codes, probs = done.view(np.float64), done.view(np.uint16), done.view(np.float32)
+    prob_at = 2 * probs_word(1, levels)
     for at in range(size):
         slot = order[at]
         item, r = node[depth, slot], parent[depth, slot]
@@ -149,8 +152,8 @@ def _draft_query(
         own = table[offsets[level] :]
         for at in range(size):
             token = token_at(layout, level, 0, low[at])
-            done[at, LOW + 2 + level] = token
-            reals[at, LOW + 2 + levels + level] = own[token]
+            codes[at, 4 * (LOW + 2) + level] = token
+            probs[at, prob_at + level] = own[token]
     done[size:] = 0
     return size
 
@@ -192,7 +195,7 @@ def draft(layout, plan, bits, log_probs, done, done_live):
 def draft_items(layout, plan, keep, bits, log_probs, segment, item, item_score, item_levels, item_codes, found):
     """:func:`draft` of ``keep`` identifiers, and :func:`~ace_core.kernels.items.collect` of their items."""
     levels = len(layout)
-    leaves, live = np.empty((1, keep, LOW + 2 + 2 * levels), np.int64), np.empty(1, np.int64)
+    leaves, live = np.empty((1, keep, row_words(1, levels)), np.int64), np.empty(1, np.int64)
     for q in range(len(item)):
         own = bits[q % bits.shape[0] : q % bits.shape[0] + 1]
         draft(layout, plan, own, log_probs[q : q + 1], leaves, live)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import LOW, NO_MASK, SCORE, any_bit, compiled, uint64_at
+from ace_core.kernels.compiled import LOW, NO_BITMAP, SCORE, any_bit, compiled, probs_word, uint64_at
 
 
 @compiled
@@ -24,8 +24,8 @@ def collect_query(bits, leaves, live, segment, item, item_score, item_levels, it
     """:func:`collect` for one query: the same arrays without their first axis. Returns the number of items."""
     capacity, levels = item_codes.shape
     segments = len(bits)
-    codes_at = LOW + 2 * segments
-    reals = leaves.view(np.float64)
+    code_at, prob_at = 4 * (LOW + 2 * segments), 2 * probs_word(segments, levels)
+    reals, codes, probs = leaves.view(np.float64), leaves.view(np.uint16), leaves.view(np.float32)
     count = 0
     for r in range(live):
         for s in range(segments):
@@ -34,13 +34,13 @@ def collect_query(bits, leaves, live, segment, item, item_score, item_levels, it
             for i in range(leaves[r, LOW + s], leaves[r, LOW + segments + s]):
                 if count == capacity:
                     break
-                if address == NO_MASK or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
+                if address == NO_BITMAP or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
                     segment[count] = s
                     item[count] = i
                     item_score[count] = reals[r, SCORE]
                     for level in range(levels):
-                        item_levels[count, level] = reals[r, codes_at + levels + level]
-                        item_codes[count, level] = leaves[r, codes_at + level]
+                        item_levels[count, level] = probs[r, prob_at + level]
+                        item_codes[count, level] = codes[r, code_at + level]
                     count += 1
     for blank in range(count, capacity):
         segment[blank] = item[blank] = 0

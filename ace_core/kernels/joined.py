@@ -6,7 +6,7 @@ import numpy as np
 
 from ace_core.kernels.children import cut, token_end
 from ace_core.kernels.compiled import (
-    NO_MASK,
+    NO_BITMAP,
     POINTERS,
     STRIDE,
     TOKENS,
@@ -47,7 +47,7 @@ def _join(layout, level, cursor, ends, vocabulary, run_end):
 def any_allowed(bits, low, high):
     """Does any segment's interval [low, high) of nodes hold an allowed one?"""
     for s in range(len(low)):
-        if low[s] < high[s] and (bits[s] == NO_MASK or any_bit(uint64_at(bits[s]), low[s], high[s])):
+        if low[s] < high[s] and (bits[s] == NO_BITMAP or any_bit(uint64_at(bits[s]), low[s], high[s])):
             return True
     return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ace_core.kernels.children import cut_nodes
-from ace_core.kernels.compiled import NO_MASK, bits_end, compiled, next_bit, uint64_at
+from ace_core.kernels.compiled import NO_BITMAP, bits_end, compiled, next_bit, uint64_at
 from ace_core.kernels.selection import nth_largest
 
 
@@ -93,7 +93,7 @@ def best_items(
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
     token begin. totals: room for the scores of a chunk of items.
     """
-    if bits != NO_MASK:
+    if bits != NO_BITMAP:
         return _best_allowed_items(
             tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch
         )

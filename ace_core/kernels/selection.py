@@ -11,6 +11,7 @@ import numpy as np
 from ace_core.kernels.compiled import compiled
 
 _STEPS = 256
+_FEW = 128  # scores that are ordered by counting, for each of them, those that are larger
 
 
 @compiled
@@ -50,6 +51,25 @@ def nth_largest(values, count, n, scratch):
 
 
 @compiled
+def largest_few(values, count, n, best):
+    """The n-th largest (from 1) of the first ``count`` values, -inf where they are fewer; for an n of a handful.
+
+    ``best``: room for n, which are left in it by falling value.
+    """
+    for i in range(n):
+        best[i] = -np.inf
+    for i in range(count):
+        value = values[i]
+        if value > best[n - 1]:
+            at = n - 1
+            while at > 0 and best[at - 1] < value:
+                best[at] = best[at - 1]
+                at -= 1
+            best[at] = value
+    return best[n - 1]
+
+
+@compiled
 def _nth_of_few(values, count, n):
     """:func:`nth_largest` by partitions (quickselect); reorders the values. Branch-free inside."""
     low, high = 0, count - 1
@@ -79,13 +99,29 @@ def _nth_of_few(values, count, n):
 
 
 @compiled
+def _order_few(score, count, order, other):
+    for i in range(count):
+        rank = np.int64(0)
+        for j in range(count):
+            rank += np.int64(score[j] > score[i])
+        other[i] = rank
+    for i in range(count):
+        order[i] = -1
+    for i in range(count):
+        at = other[i]
+        while order[at] >= 0:  # of equal scores the earlier one has taken it
+            at += 1
+        order[at] = i
+
+
+@compiled
 def order_best_first(score, count, order, other):
     """Fill ``order`` with the stable descending order of the first ``count`` scores.
 
     By steps, then a merge sort of what is nearly sorted. ``other``: as long as ``order``.
     """
-    if count == 0:
-        return
+    if count <= _FEW:
+        return _order_few(score, count, order, other)
     steps = np.empty(_STEPS, np.int64)
     largest, per_unit = _spread(score, count, steps)
     begin = 0
