@@ -47,9 +47,9 @@ class Walk:
                 f"segments have different vocabularies: {[s.vocab_sizes for s in self.segments]}",
                 remedy="All segments of a snapshot must come from one quantizer: publish again.",
             )
-        # of the nodes of each level, which children they have, where these are many
-        self._present = [[_present(s, level) for s in self.segments] for level in range(self.levels)]
-        self._layout = _layout(self.segments, self._present)
+        # by level and segment: which tokens follow each node of the level above, where these are many
+        self.present = [[_present(s, level) for s in self.segments] for level in range(self.levels)]
+        self._layout = _layout(self.segments, self.present)
         # a draft expands prefixes of so many tokens, and looks at all items below those that are left; as many for
         # segments as for the index that they would make together
         self.depth = max(s.depth for s in self.segments)
@@ -72,6 +72,12 @@ class Walk:
     def items(self) -> int:
         """Items of all segments."""
         return sum(s.items for s in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segments' indexes, and of what is added to them here."""
+        added = [bitmaps.nbytes for level in self.present for bitmaps in level if bitmaps is not None]
+        return sum(s.nbytes for s in self.segments) + sum(added)
 
     def root(self, queries: int) -> Rows:
         """One row a query, before the first token."""

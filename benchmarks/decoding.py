@@ -109,7 +109,7 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
     lines.append(["mean", *(1e3 * v for v in totals.values())])
     table(f"constraint step, {index.items:,} items, batch {BATCH} x beam {BEAM}, ms", ("", *totals), lines)
     n = index.items
-    sizes = {"ours": index.nbytes / n, "STATIC": static.nbytes / n, "dict trie": trie.nbytes / n}
+    sizes = {"ours": walk.nbytes / n, "STATIC": static.nbytes / n, "dict trie": trie.nbytes / n}
     table("bytes an item", ("index", "bytes"), list(sizes.items()))
     print(f"  (dict trie built in {trie_seconds:.1f} s)")
     return totals, sizes

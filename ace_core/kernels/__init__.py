@@ -14,8 +14,8 @@ from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
 from ace_core.kernels.items import collect, mark_parents
-from ace_core.kernels.single import expand_one
 from ace_core.kernels.similarity import add_products, products
+from ace_core.kernels.single import expand_one
 
 __all__ = [
     "add_products",

@@ -1,0 +1,102 @@
+"""One step over one segment against the naive one, and against the step that joins segments: ties, filters, duplicates,
+rows with few children and with many."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ace_core import kernels
+from ace_core.constraint import ConstraintIndex
+from ace_core.filters import ItemMask
+from ace_core.identifiers import sort_order
+from ace_core.rows import Rows
+from ace_core.walk import Walk
+
+
+def corpus(rng: np.random.Generator, items: int, sizes: tuple[int, ...], depth: int) -> ConstraintIndex:
+    """Items of which some share an identifier, under prefixes of which some have nearly all children, some one."""
+    codes = np.stack([np.minimum(rng.geometric(min(3 / v, 1), items) - 1, v - 1) for v in sizes], 1).astype(np.uint16)
+    codes[items // 2 :: 7] = codes[: len(codes[items // 2 :: 7])]
+    return ConstraintIndex.build(codes[sort_order(codes, sizes)], sizes, depth)
+
+
+def naive(index: ConstraintIndex, allowed: np.ndarray, rows: Rows, query: int, log_probs: np.ndarray, beam: int):
+    """(score, row, token) of the best children: all that exist, sorted."""
+    spelled = [index.spelled(level) for level in range(rows.level + 1)]
+    found = []
+    for row in range(rows.live[query]):
+        here = allowed.copy()
+        for level in range(rows.level):
+            here &= spelled[level] == rows.codes[query, row, level]
+        for token in np.unique(spelled[rows.level][here]).tolist():
+            log_prob = min(float(log_probs[query, row % log_probs.shape[1], token]), 0.0)
+            if log_prob > -np.inf:
+                found.append((rows.score[query, row] + log_prob, row, token))
+    return sorted(found, key=lambda child: (-child[0], child[1], child[2]))[:beam]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    items=st.sampled_from([1, 3, 40, 700, 6000]),
+    sizes=st.sampled_from([(3, 64, 128, 64), (2, 256, 64, 300), (3, 70, 9, 5), (1, 64, 1, 64)]),
+    depth=st.integers(0, 3),
+    beam=st.sampled_from([1, 4, 20]),
+    share=st.sampled_from([None, 0.9, 0.05, 0.0]),
+    kind=st.sampled_from([np.float32, np.float64]),
+    steps=st.sampled_from([None, 2, 0]),
+    shared=st.booleans(),
+)
+def test_a_step_is_the_naive_one(seed, items, sizes, depth, beam, share, kind, steps, shared):
+    rng = np.random.default_rng(seed)
+    index = corpus(rng, items, sizes, depth)
+    walk = Walk([index])
+    queries = 3
+    allowed = [np.ones(items, bool) if share is None else rng.random(items) < share for _ in range(queries)]
+    masks = walk.masks(None if share is None else [[ItemMask.of(a)] for a in allowed], queries)
+    rows = walk.root(queries)
+    for level, size in enumerate(sizes):
+        log_probs = -rng.exponential(2, (queries, 1 if shared else max(rows.width, 1), size))
+        if steps is not None:  # ties; zeros only
+            log_probs = np.round(log_probs * steps)
+        log_probs[rng.random(log_probs.shape) < 0.02] = -np.inf
+        log_probs = np.ascontiguousarray(log_probs, kind)
+        following = walk.expand(rows, log_probs, beam, masks)
+        joined = walk.root(queries)._replace(
+            level=level + 1, block=np.zeros_like(following.block), live=np.zeros_like(following.live)
+        )
+        kernels.expand(
+            walk._layout, level, masks.bits, rows.block, rows.live, log_probs, joined.block, joined.live, False
+        )
+        np.testing.assert_array_equal(following.live, joined.live)
+        np.testing.assert_array_equal(following.block, joined.block)
+        for query in range(queries):
+            expected = naive(index, allowed[query], rows, query, log_probs, beam)
+            live = following.live[query]
+            assert list(
+                zip(
+                    following.score[query, :live].tolist(),
+                    following.parent[query, :live].tolist(),
+                    following.codes[query, :live, level].tolist(),
+                )
+            ) == [(score, row, token) for score, row, token in expected]
+        rows = following
+
+
+@pytest.mark.parametrize(("items", "known"), [(40, 0), (200_000, 2)])
+def test_which_levels_have_bitmaps_of_children(items, known):
+    rng = np.random.default_rng(0)
+    codes = np.stack([rng.integers(0, v, items) for v in (3, 128, 128, 128)], 1).astype(np.uint16)
+    index = ConstraintIndex.build(codes[sort_order(codes, (3, 128, 128, 128))], (3, 128, 128, 128))
+    walk = Walk([index])
+    assert sum(row[0] is not None for row in walk.present) == known
+    for level, (bitmaps,) in enumerate(walk.present):
+        if bitmaps is not None:
+            begins = index.first_child[level - 1]
+            for parent in (0, len(bitmaps) - 1):
+                own = index.tokens[level][begins[parent] : begins[parent + 1]]
+                assert np.flatnonzero(np.unpackbits(bitmaps[parent].view(np.uint8), bitorder="little")).tolist() == (
+                    own.tolist()
+                )
+    assert walk.nbytes > index.nbytes if known else walk.nbytes == index.nbytes
