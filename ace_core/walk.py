@@ -154,16 +154,6 @@ class Walk:
             plan = self._plans[keep] = np.array([self.depth, self._roots[0], *widths, *self._offsets], np.int64)
         return plan
 
-    def items_below(self, rows: Rows) -> np.ndarray:
-        """(n,) int64: items below each query's live rows, filtered ones included."""
-        counts = np.zeros(rows.score.shape, np.int64)
-        alive = np.arange(rows.score.shape[1]) < rows.live[:, None]
-        for s, segment in enumerate(self.segments):
-            low, high = np.where(alive, rows.low[..., s], 0), np.where(alive, rows.high[..., s], 0)
-            begin, end = segment.items_of(rows.level, low, high)
-            counts += end - begin
-        return counts.sum(1)
-
     def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> Candidates:
         """The allowed items of complete rows: best row first, inside a row by segment and item; at most ``limit``."""
         found, outputs = self._candidates(len(rows.live), limit)

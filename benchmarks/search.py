@@ -35,8 +35,7 @@ class OneShot:
 
     def __init__(self, codes: Codes, vectors: np.ndarray | None = None) -> None:
         self.codes = codes
-        self.index = ConstraintIndex.build(codes.codes, codes.vocab_sizes)
-        self.walk = Walk([self.index])
+        self.walk = Walk([ConstraintIndex.build(codes.codes, codes.vocab_sizes)])
         self._masks = self.walk.masks(None, 1)
         self._codewords = Codewords(codes.codewords)
         self.stored = None if vectors is None else Remainders.of(codes.left(vectors))
@@ -179,10 +178,10 @@ def main() -> None:
     drafts = (25, 50, 75, 100, 125, 150, 200, 250, 300, 400, 800)
     assert ours.stored is not None
     for draft in drafts:
-        ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.index.nbytes
+        ways[f"one-shot, codes only, draft {draft}"] = ours.from_codes(draft), ours.walk.nbytes
         ways[f"one-shot, 8-bit vectors, draft {draft}"] = (
             ours.with_vectors(draft),
-            ours.index.nbytes + ours.stored.nbytes,
+            ours.walk.nbytes + ours.stored.nbytes,
         )
     exact = np.stack([ways["Flat"][0](q[None]) for q in queries])
     numbers = iter(range(10**9))
@@ -215,8 +214,8 @@ def main() -> None:
         figures[name] = points[rival][1] / points[own][1] if own and rival else None
         figures[f"{name}_at"] = reach
     refined_bytes = max(size for n, (_, size) in ways.items() if "Refine" in n)
-    figures["memory_vs_ivfpq"] = refined_bytes / ours.index.nbytes
-    figures["memory_vs_ivfpq_with_vectors"] = refined_bytes / (ours.index.nbytes + ours.stored.nbytes)
+    figures["memory_vs_ivfpq"] = refined_bytes / ours.walk.nbytes
+    figures["memory_vs_ivfpq_with_vectors"] = refined_bytes / (ours.walk.nbytes + ours.stored.nbytes)
     encoder, eager = encoder_seconds(seconds / 6).values()
     one_shot = taken["one-shot, codes only, draft 200"]
     print(f"\ntext encoder: {1e3 * encoder:.2f} ms a query (transformers: {1e3 * eager:.2f})")

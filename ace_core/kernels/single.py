@@ -68,9 +68,9 @@ def _expand_query(
     Meanwhile ask for what the next query's ``live_then`` rows, ``of_query`` bytes further on, are scored from.
     """
     stride, flat, present = np.uint64(entry[STRIDE]), entry[POINTERS] == 0, np.uint64(entry[PRESENT])
-    size = np.uint64(table.itemsize)
-    scores = np.uint64(table.ctypes.data) + (begin + beam * vocabulary) * size
-    _ask_for_scores(tokens, stride, address + of_query, live_then, words, scores, size, step, vocabulary)
+    each = np.uint64(table.itemsize)
+    scores = np.uint64(table.ctypes.data) + (begin + beam * vocabulary) * each
+    _ask_for_scores(tokens, stride, address + of_query, live_then, words, scores, each, step, vocabulary)
     rows, row_reals = int64_at(address), float64_at(address + np.uint64(8 * SCORE))
     best = 0.0
     if step == 0:  # all rows of a query share these
@@ -114,8 +114,9 @@ def expand_one(layout, level, bits, rows, live, log_probs, next_rows, next_live)
     slots, reals = int64_at(at_work), float64_at(at_work)
     order, other = int64_at(at_work + np.uint64(4) * piece), int64_at(at_work + np.uint64(5) * piece)
     values, scratch = float64_at(at_work + np.uint64(6) * piece), float64_at(at_work + np.uint64(7) * piece)
-    address, of_query = np.uint64(rows.ctypes.data), np.uint64(8 * rows.shape[1] * words)
+    first_row, of_query = np.uint64(rows.ctypes.data), np.uint64(8 * rows.shape[1] * words)
     for q in range(len(live)):
+        address = first_row + np.uint64(q) * of_query
         if q + 2 < len(live):
             further = address + of_query + of_query
             _ask_for_children(tokens, bytes_each, further, np.uint64(live[q + 2]), np.uint64(words))
@@ -132,9 +133,8 @@ def expand_one(layout, level, bits, rows, live, log_probs, next_rows, next_live)
                 uint8_at(tokens), entry, own_bits, address, here, then, of_query, np.uint64(words), table, begin, step,
                 vocabulary, beam, np.uint64(keep), slots, reals, np.uint64(room), values, scratch,
             )  # fmt: skip
-        address += of_query
-        for slot in range(size):
-            values[slot] = reals[slot * SLOT]
+        for number in range(size):
+            values[number] = reals[number * SLOT]
         order_best_first(values, np.int64(size), order, other)
         found = min(np.int64(size), keep)
         next_live[q] = found
