@@ -22,7 +22,9 @@ from ace_core.snapshot import Snapshot
 
 _SHOWN = 8  # values that a note lists
 _FEW = 500  # values that are compared with what was asked for; of more, those that hold it are
-_LONGEST = 60  # characters of a value
+_HEAD = 2 * _FEW  # items that say of most attributes whether their values are few, and dates
+_ASKED = 3  # values asked for that are compared
+_LONGEST = 60  # characters of a value that is shown, or compared letter by letter
 _DATE = r"^\d{4}-\d{2}(-\d{2}([T ].*)?)?$"
 
 
@@ -90,7 +92,7 @@ def _there_is(name: str, wanted: FilterValue, runs: Sequence[pa.StructArray]) ->
     asked = _asked(wanted)
     if all(pa.types.is_integer(c.type) or pa.types.is_floating(c.type) for c in columns):
         return _range(name, columns) + _around(columns, [a for a in asked if isinstance(a, int | float)])
-    if all(pa.types.is_string(c.type) and pc.all(pc.match_substring_regex(c, _DATE)).as_py() for c in columns):
+    if all(pa.types.is_string(c.type) and _are_dates(c) for c in columns):
         return _range(name, columns)
     return _values(name, columns, [_plain(a) for a in asked])
 
@@ -100,6 +102,14 @@ def _asked(wanted: FilterValue) -> list[Any]:
     if isinstance(wanted, Mapping):
         return []
     return list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
+
+
+def _are_dates(column: pa.Array) -> bool:
+    return all(pc.all(pc.match_substring_regex(part, _DATE)).as_py() for part in (column[:_HEAD], column))
+
+
+def _are_few(column: pa.Array) -> bool:
+    return all(pc.count_distinct(part).as_py() <= _FEW for part in (column[:_HEAD], column))
 
 
 def _range(name: str, columns: Sequence[pa.Array]) -> str:
@@ -121,7 +131,7 @@ def _around(columns: Sequence[pa.Array], asked: Sequence[float]) -> str:
 
 def _values(name: str, columns: Sequence[pa.Array], asked: Sequence[str]) -> str:
     counts: Counter[Any] = Counter()
-    few = all(pc.count_distinct(column).as_py() <= _FEW for column in columns)
+    few = all(map(_are_few, columns))
     for column in columns if few else _holding(columns, asked):
         for pair in pc.value_counts(column).to_pylist():
             counts[pair["values"]] += pair["counts"]
@@ -138,7 +148,7 @@ def _values(name: str, columns: Sequence[pa.Array], asked: Sequence[str]) -> str
 
 def _holding(columns: Sequence[pa.Array], asked: Sequence[str]) -> list[pa.Array]:
     """Of many values those that hold what was asked for, in any case: the first."""
-    wanted = [_folded(text) for text in asked[:_SHOWN] if text.strip()]
+    wanted = [_folded(text) for text in asked[:_ASKED] if text.strip()]
     texts = [column.cast(pa.string()) for column in columns]
     held = [column.filter(pc.match_substring(column, text, ignore_case=True)) for text in wanted for column in texts]
     return [pc.unique(column)[:_FEW] for column in held]
@@ -150,13 +160,14 @@ def _nearest(asked: Sequence[str], values: Sequence[Any]) -> list[Any]:
     for value in values:
         folded.setdefault(_folded(_plain(value)), value)
     near: list[Any] = []
-    for text in map(_folded, asked[:_SHOWN]):
+    for text in map(_folded, asked[:_ASKED]):
         if text in folded:
             near.append(folded[text])
             continue
         holding = [like for like in folded if len(text) > 2 and text in like]
         near += [folded[like] for like in sorted(holding, key=lambda like: (len(like), like))]
-        near += [folded[like] for like in difflib.get_close_matches(text, folded, cutoff=0.65)]
+        if len(text) <= _LONGEST:  # of long ones it takes seconds
+            near += [folded[like] for like in difflib.get_close_matches(text, folded, cutoff=0.65)]
     return list(dict.fromkeys(near))[:3]
 
 

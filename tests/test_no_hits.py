@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ace_core import no_hits
 from ace_core.items import MODALITIES, Modality
 from ace_core.no_hits import why_nothing
 from ace_core.snapshot import Snapshot
@@ -95,3 +96,18 @@ def test_nothing_is_said_where_something_passes(snapshot: Snapshot) -> None:
         camera, year = str(rng.choice(CAMERAS)), int(rng.integers(1988, 2012))
         note = why_nothing(snapshot, (), {"camera": camera, "year": year})
         assert (note == "") == ((camera, year) in rows)
+
+
+def test_long_values_are_not_compared_letter_by_letter(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand long texts, each with hundreds of values, would keep the thread of all searches busy for minutes."""
+    compared: list[int] = []
+    close = no_hits.difflib.get_close_matches
+
+    def noted(text: str, *args: object, **more: object) -> list[str]:
+        compared.append(len(text))
+        return close(text, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(no_hits.difflib, "get_close_matches", noted)
+    assert 'camera is "Canon"' in why_nothing(snapshot, (), {"camera": ["Canon" * 20_000, "zzz"] * 500})
+    assert compared == [3]
+    assert why_nothing(snapshot, (), {"camera": ["zz", "zzz", "zzzz", "zzzzz"]}) and compared == [3, 2, 3, 4]
