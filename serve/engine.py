@@ -280,7 +280,11 @@ def _modalities(options: Options) -> tuple[Modality, ...]:
 
 
 def _why_nothing(live: Retriever, options: Options) -> str:
-    return live.why_nothing(_modalities(options), options.filters)
+    try:
+        return live.why_nothing(_modalities(options), options.filters)
+    except Exception:  # an empty answer stands without a note, and the others of its batch do
+        _log.exception("an empty answer cannot be explained")
+        return ""
 
 
 def _missing(call: ExampleCall) -> Refusal:

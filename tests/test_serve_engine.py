@@ -117,6 +117,16 @@ def test_what_nobody_foresaw_fails_one_call(engine: Engine, monkeypatch: pytest.
     assert isinstance(bad, Refusal) and bad.kind == "failed" and bad.remedy
 
 
+def test_an_empty_answer_that_cannot_be_explained_is_an_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine._live, "why_nothing", failing)
+    none, some = _answer(engine, _call(TEXTS[0], filters={"parity": "ood"}), _call(TEXTS[0]))
+    assert isinstance(none, Reply) and _ids(none) == [[]] and none.note == ""
+    assert isinstance(some, Reply) and _ids(some) != [[]]
+
+
 def test_calls_past_their_deadline_leave_the_batch(engine: Engine) -> None:
     late, timely = _answer(engine, _call("x", "y", seconds=-1), _call(TEXTS[0]))
     assert isinstance(late, Refusal) and late.kind == "deadline"
