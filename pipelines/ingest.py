@@ -250,7 +250,7 @@ def _report_bad(manifest: Manifest, store: Store, reporter: Reporter) -> None:
         for row in some_errors(store, manifest.id, names, SHOWN):
             reporter.say(f"    {_told(row)}")
         reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
-        reporter.say("  one is tried again when it changes (`touch` it), or the limits, encoders or decoders do")
+        reporter.say("  one is tried again when it changes (`touch` it), or the limits or its encoder do")
 
 
 def _told(row: dict[str, str]) -> str:
