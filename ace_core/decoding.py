@@ -257,11 +257,14 @@ def _allowed_below(walk: Walk, rows: Rows, masks: Sequence[Masks]) -> np.ndarray
     """
     queries, width = len(rows.live), rows.width
     counts = np.zeros((queries, width), np.int64)
+    sharing: dict[tuple[int, ...], list[int]] = {}  # queries under the same masks
+    for at, of_segments in enumerate(masks):
+        sharing.setdefault(tuple(map(id, of_segments)), []).append(at)
     for s, segment in enumerate(walk.segments):
         low, high = segment.items_of(rows.level, rows.low[:, :width, s], rows.high[:, :width, s])
-        for at, of_segments in enumerate(masks):
-            own = slice(None) if len(masks) == 1 else at
-            mask = of_segments[s]
+        for numbers in sharing.values():
+            own = slice(None) if len(sharing) == 1 else numbers
+            mask = masks[numbers[0]][s]
             counts[own] += high[own] - low[own] if mask is None else mask.rank(high[own]) - mask.rank(low[own])
     return counts
 

@@ -201,17 +201,19 @@ def test_alone_or_in_any_batch_the_same(corpus, beam, scoring):
 
 
 @few
-@given(corpora(min_items=1), beams, st.integers(0, 2**31))
-def test_each_query_may_have_its_own_filter(corpus, beam, seed):
+@given(corpora(min_items=1), beams, scorings, st.integers(0, 2**31))
+def test_each_query_may_have_its_own_filter(corpus, beam, scoring, seed):
     codes, sizes = corpus
     index, _, _ = build(codes, sizes)
     rng = np.random.default_rng(seed)
     masks = [[ItemMask.of(rng.random(len(codes)) < share)] for share in (0.0, 0.3, 1.0)] + [[None]]
+    masks += [list(masks[1]), masks[2]]  # or share one
     model = TableModel(sizes)
-    together = beam_search(model, queries([4, 5, 6, 7]), [index], masks, beam=beam)
-    for q, number in enumerate([4, 5, 6, 7]):
-        alone = beam_search(model, queries([number]), [index], masks[q], beam=beam)
+    together = beam_search(model, queries([4, 5, 6, 7, 8, 9]), [index], masks, beam=beam, scoring=scoring)
+    for q, number in enumerate([4, 5, 6, 7, 8, 9]):
+        alone = beam_search(model, queries([number]), [index], masks[q], beam=beam, scoring=scoring)
         assert together.row[q][together.valid[q]].tolist() == alone.row[0].tolist()
+        np.testing.assert_allclose(together.log_prob[q][together.valid[q]], alone.log_prob[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scoring", ["vocabulary", "children"])
