@@ -1,7 +1,8 @@
 """What an earlier ingestion found out that still holds: embeddings of files that did not change, and which are bad.
 
 A file is known by its id, its place and its stamp (size and time). An embedding holds as long as the encoder does; a
-verdict on a bad file, moreover, as long as the limits and the decoders, and only where the file itself is the cause.
+verdict on a bad file or segment, moreover, as long as the limits and the decoders, and only where the file itself is
+the cause: otherwise the whole file is decoded again.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def carry_over(
             if shard.modality != modality or shard.encoder != encoder:
                 continue
             errors = _errors(store, part, shard)
+            holed = {row["file_id"] for row in errors}  # by its content, only all of a file is known
             errors = [row for row in errors if same(row["file_id"], row["uri"], row["stamp"]) is not None]
+            stands = shard.judged == writer.judged
+            again = {row["file_id"] for row in errors if not (stands and row["cause"] in LASTING)}
             carried: set[str] = set()  # all that there is of a file is in one shard
             if shard.items_file is not None:
                 path = store.path("features", part, shard.items_file)
@@ -91,9 +95,10 @@ def carry_over(
                 names = ("uri", "stamp", "content_hash", "start_seconds", "end_seconds")
                 columns = (column.to_pylist() for column in (file_ids(table), *(table.column(n) for n in names)))
                 for number, (file_id, uri, stamp, content_hash, start, end) in enumerate(zip(*columns)):
-                    known.setdefault(content_hash, {})[None if start is None else (start, end)] = (path, number)
+                    if file_id not in holed:
+                        known.setdefault(content_hash, {})[None if start is None else (start, end)] = (path, number)
                     row = same(file_id, uri, stamp)
-                    if row is not None:
+                    if row is not None and file_id not in again:
                         old_rows.append(number)
                         new_rows.append(row)
                         carried.add(file_id)
@@ -105,11 +110,11 @@ def carry_over(
                     parts_of = [row for row in errors if row["file_id"] in carried]
                     buffer.add(rows, parts_of, reused=len(old_rows))
                     good += len(carried)
-            stands = shard.judged == writer.judged
-            whole = [r for r in errors if stands and r["file_id"] not in carried and r["cause"] in LASTING]
+            whole = [row for row in errors if row["file_id"] not in carried | again]
+            whole_ids = {row["file_id"] for row in whole}
             buffer.add(None, whole)
-            bad += len(whole)
-            for file_id in carried.union(row["file_id"] for row in whole):
+            bad += len(whole_ids)
+            for file_id in carried | whole_ids:
                 del row_of[file_id]
     buffer.flush()
     return good, bad, KnownEmbeddings(store.filesystem, known)

@@ -138,14 +138,19 @@ def test_what_may_be_the_machines_fault_is_tried_again(
     assert corpus.errors(corpus.ingest()) == {"bad.wav": cause} and corpus.decoded == ["bad.wav"]
 
 
-def test_a_bad_segment_stays_known_beside_the_good_ones(corpus: Corpus) -> None:
+def _with_a_hole(corpus: Corpus) -> tuple[str, ...]:
+    """A sound of which some segments are bad; the settings that cut it."""
     out, noise = io.BytesIO(), np.random.default_rng(0).uniform(-0.5, 0.5, 8 * 8000)
     soundfile.write(out, noise.astype(np.float32), 8000, format="FLAC")
     data = bytearray(out.getvalue())
     middle = len(data) * 5 // 8
     data[middle : middle + 3000] = bytes(3000)
     (corpus.folder / "hole.flac").write_bytes(data)
-    cut = ("segments.audio_seconds=2", "segments.overlap=0")
+    return "segments.audio_seconds=2", "segments.overlap=0"
+
+
+def test_a_bad_segment_stays_known_beside_the_good_ones(corpus: Corpus) -> None:
+    cut = _with_a_hole(corpus)
     first = corpus.ingest(*cut)
     bad = corpus.errors(first)
     assert "hole.flac#t=4,6" in bad and "hole.flac#t=0,2" not in bad
@@ -153,6 +158,31 @@ def test_a_bad_segment_stays_known_beside_the_good_ones(corpus: Corpus) -> None:
     again = corpus.ingest(*cut)
     assert corpus.decoded == [] and corpus.errors(again) == bad
     assert again.metrics["items"] == first.metrics["items"] == {"audio": 2 + 4 - len(bad)}
+
+
+def test_a_file_with_a_bad_segment_is_tried_again_whole(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a verdict holds no longer; what is known of the good segments does not hide the bad one."""
+    cut = _with_a_hole(corpus)
+    call: Callable[..., dict[str, np.ndarray]] = EncodeItems.__call__
+
+    def busy(self: EncodeItems, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        result = call(self, batch)
+        result["cause"][(result["start"] == 4) & (result["cause"] != "")] = "timeout"
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodeItems, "__call__", busy)
+        assert corpus.errors(corpus.ingest(*cut))["hole.flac#t=4,6"] == "timeout"
+    corpus.caption("one tone")
+    bad = corpus.errors(corpus.ingest(*cut))
+    assert corpus.decoded == ["hole.flac"] and bad["hole.flac#t=4,6"] != "timeout"
+    looser = (*cut, "limits.max_seconds=100")
+    assert corpus.errors(corpus.ingest(*looser)) == bad and corpus.decoded == ["hole.flac"]
+    stat = (corpus.folder / "hole.flac").stat()
+    os.utime(corpus.folder / "hole.flac", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    last = corpus.ingest(*looser)
+    assert corpus.decoded == ["hole.flac"] and corpus.errors(last) == bad
+    assert last.metrics["items"] == {"audio": 2 + 4 - len(bad)} and "not tried again" not in corpus.said
 
 
 def test_errors_written_before_there_were_stamps_are_found_out_again(corpus: Corpus) -> None:
