@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def compiled(function: Callable, **options: Any) -> Callable:
     # the place of numba's version, which is read before anything that could name what is gone.
     dispatcher._cache._cache_file._version = f"{numba.__version__} {_STAMP}"
     return dispatcher
+
+
+inlined = partial(compiled, forceinline=True)
+"""A part of its caller: what a call is handed is copied, which takes longer than small work on many arrays."""
 
 
 @intrinsic

@@ -14,18 +14,23 @@ from ace_core.kernels.compiled import (
     LOW,
     NO_BITMAP,
     PARENT,
+    PRESENT,
     SCORE,
     STRIDE,
     TOKENS,
     WIDE,
+    bit_count,
     bits_end,
     child_at,
     compiled,
+    exceeding,
+    inlined,
     next_bit,
     prefetch,
     probs_word,
     row_words,
     token_at,
+    trailing_zeros,
     uint8_at,
     uint16_at,
     uint64_at,
@@ -39,7 +44,7 @@ _CHUNK = 16384  # items that are looked at together
 
 @compiled
 def _best_children(
-    tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
+    tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
 ):  # fmt: skip
     """The best ``keep`` allowed children of rows: their nodes, rows and scores. Returns how many."""
     best = -np.inf
@@ -48,28 +53,55 @@ def _best_children(
     order_best_first(base, rows, order, other)  # so that the threshold rises at once
     likely = likely_threshold(tokens, 1, rows, 1, low, high, base, bits, table, 0, 0, keep, score, len(score), scratch)
     size = _children_above(
-        likely, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
-    )
+        likely, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch,
+        order,
+    )  # fmt: skip
     if size < keep and likely > -np.inf:
         size = _children_above(
-            -np.inf, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
-        )
+            -np.inf, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score,
+            scratch, order,
+        )  # fmt: skip
     return size
+
+
+@inlined
+def _less(bound):
+    """A little less than a difference whose rounding could take away what its sum would not."""
+    return bound - 1e-12 * (1.0 + abs(bound))
 
 
 @compiled
 def _children_above(
-    threshold, best, tokens, rows, low, high, base, bits, table, keep, node, parent, score, scratch, order
+    threshold, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch,
+    order,
 ):  # fmt: skip
     """:func:`_best_children` of those above a threshold."""
     allowed = uint64_at(bits)
     size = 0
+    address, words = np.uint64(table.ctypes.data), np.uint64(len(table) >> 6)
+    by_bitmap = present != NO_BITMAP and bits == NO_BITMAP  # under a filter few of what it compares may be left
     for ordinal in range(rows):
         r = order[ordinal]
         here = base[r]
         if here + best <= threshold:
             break
         begin = low[r]
+        if by_bitmap:
+            there = uint64_at(present + np.uint64(nodes[r]) * words * np.uint64(8))
+            child = begin
+            for word in range(words):
+                hits = exceeding(address + word * np.uint64(512), _less(threshold - here)) & there[word]
+                while hits != np.uint64(0):
+                    lowest = hits & (~hits + np.uint64(1))
+                    i = child + bit_count(there[word] & (lowest - np.uint64(1)))
+                    node[size], parent[size] = i, r
+                    score[size] = here + table[word * np.uint64(64) + np.uint64(trailing_zeros(hits))]
+                    size += score[size] > threshold
+                    hits ^= lowest
+                    if size == len(score):
+                        size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
+                child += bit_count(there[word])
+            continue
         while begin < high[r]:
             end = high[r]
             if bits != NO_BITMAP:
@@ -98,16 +130,17 @@ def _draft_query(
     rows = 1
     low[0], high[0], base[0] = 0, plan[1], 0.0
     for level in range(depth):
-        address = np.uint64(layout[level, 0, TOKENS])
+        address, present = np.uint64(layout[level, 0, TOKENS]), np.uint64(layout[level, 0, PRESENT])
+        above = node[max(level - 1, 0)]
         own = table[offsets[level] : offsets[level + 1]]
         if layout[level, 0, WIDE]:
             rows = _best_children(
-                uint16_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
+                uint16_at(address), present, rows, above, low, high, base, bits[level, 0], own, widths[level],
                 node[level], parent[level], score, scratch, order, other,
             )  # fmt: skip
         else:
             rows = _best_children(
-                uint8_at(address), rows, low, high, base, bits[level, 0], own, widths[level],
+                uint8_at(address), present, rows, above, low, high, base, bits[level, 0], own, widths[level],
                 node[level], parent[level], score, scratch, order, other,
             )  # fmt: skip
         following = np.uint64(layout[level + 1, 0, TOKENS])
@@ -178,7 +211,7 @@ def draft(layout, plan, bits, log_probs, done, done_live):
     score, scratch = np.empty(room), np.empty(room)
     order, other = np.empty(room, np.int64), np.empty(room, np.int64)
     low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
-    table, totals = np.empty(plan[2 + 2 * levels]), np.empty(_CHUNK)
+    table, totals = np.empty(plan[2 + 2 * levels]), np.empty(_CHUNK + 64)
     for q in range(len(done)):
         largest = np.float64(0)
         for i in range(len(table)):

@@ -7,8 +7,6 @@ unsigned, for then none is counted from the end.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from ace_core.kernels.children import token_end
@@ -20,12 +18,11 @@ from ace_core.kernels.compiled import (
     bit_count,
     compiled,
     exceeding,
+    inlined,
     trailing_zeros,
     uint64_at,
 )
 from ace_core.kernels.selection import nth_largest
-
-inlined = partial(compiled, forceinline=True)
 
 SHORT = np.uint64(24)  # children of a row up to which each is looked at, whatever its score
 SLOT = np.uint64(4)  # words of a child that may be kept: its score (float64), row, node, and the end of its run

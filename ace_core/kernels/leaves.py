@@ -5,8 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from ace_core.kernels.children import cut_nodes
-from ace_core.kernels.compiled import NO_BITMAP, bits_end, compiled, next_bit, uint64_at
+from ace_core.kernels.compiled import (
+    NO_BITMAP,
+    bits_end,
+    compiled,
+    exceeding,
+    float64_at,
+    inlined,
+    next_bit,
+    trailing_zeros,
+    uint64_at,
+)
 from ace_core.kernels.selection import nth_largest
+
+_SHARE, _SIGMAS = 16, 2.5  # one item of so many is looked at first, for how many standard deviations more than are kept
 
 
 @compiled
@@ -84,6 +96,92 @@ def _best_allowed_items(
     return cut_nodes(node, parent, score, size, keep, scratch)[0]
 
 
+@inlined
+def _sum(tokens, stride, count, low, high, here, table, offsets, totals, filled):
+    """Put the scores of items low .. high - 1 of a row into ``totals``. Returns where the next one's go."""
+    if count == 3:  # as many as most identifiers have left: written out, for a loop over so few would take longer
+        own, second, third = np.uint64(offsets[0]), np.uint64(offsets[1]), np.uint64(offsets[2])
+        for item in range(low, high):
+            at = item * stride
+            totals[filled] = (
+                here
+                + table[own + np.uint64(tokens[at])]
+                + table[second + np.uint64(tokens[at + np.uint64(1)])]
+                + table[third + np.uint64(tokens[at + np.uint64(2)])]
+            )
+            filled += np.uint64(1)
+        return filled
+    for item in range(low, high):
+        total = here
+        for level in range(count):
+            total += table[np.uint64(offsets[level]) + np.uint64(tokens[item * stride + np.uint64(level)])]
+        totals[filled] = total
+        filled += np.uint64(1)
+    return filled
+
+
+@compiled
+def _likely_threshold(totals, count, keep, sample, scratch):
+    """A score that somewhat more than ``keep`` of the first ``count`` totals are likely to pass, from one in a few of
+    them; -inf where they are few."""
+    if count < 2 * keep:
+        return -np.inf
+    looked_at, share = 0, max(_SHARE, count // len(sample) + 1)
+    for at in range(0, count, share):
+        sample[looked_at] = totals[at]
+        looked_at += totals[at] > -np.inf
+    expected = keep / share
+    n = np.int64(expected + _SIGMAS * np.sqrt(expected)) + 1
+    return nth_largest(sample, looked_at, n, scratch) if n <= looked_at else -np.inf
+
+
+@compiled
+def _items_above(
+    likely, tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score, totals, room, scratch
+):  # fmt: skip
+    """:func:`best_items` of all, or (``likely``) of those above a score that most likely enough of them pass."""
+    count = len(offsets) - 1
+    step = np.uint64(stride)
+    address = np.uint64(totals.ctypes.data)
+    sums = float64_at(address)
+    size, threshold = 0, -np.inf
+    first, begin = 0, low[0]  # where the chunk begins
+    while first < rows:
+        filled, row, at = np.uint64(0), first, begin
+        while row < rows:
+            end = min(high[row], at + room - np.int64(filled))
+            filled = _sum(tokens, step, count, np.uint64(at), np.uint64(end), base[row], table, offsets, sums, filled)
+            if end < high[row]:
+                at = end
+                break
+            row += 1
+            at = low[row] if row < rows else 0
+        for blank in range(filled, (filled + np.uint64(63)) & ~np.uint64(63)):
+            sums[blank] = -np.inf
+        if likely and first == 0 and begin == low[0]:
+            threshold = _likely_threshold(totals, np.int64(filled), keep, score, scratch)
+        r, item, left = first, begin, np.int64(0)  # the row of a position, its first item here, and that one's position
+        past = min(high[r], begin + room) - begin
+        for word in range(np.uint64(0), filled, np.uint64(64)):
+            hits = exceeding(address + word * np.uint64(8), threshold)
+            while hits != np.uint64(0):
+                position = np.int64(word) + trailing_zeros(hits)
+                hits &= hits - np.uint64(1)
+                while position >= past:
+                    r += 1
+                    item, left = low[r], past
+                    past += high[r] - low[r]
+                node[size], parent[size], score[size] = item + position - left, r, totals[position]
+                size += totals[position] > threshold
+                if size == len(score):
+                    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
+                    size, worst = cut_nodes(node, parent, score, size, keep, scratch)
+                    threshold = max(threshold, worst)
+        first, begin = row, at
+    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
+    return cut_nodes(node, parent, score, size, keep, scratch)[0]
+
+
 @compiled
 def best_items(
     tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, totals, scratch,
@@ -91,67 +189,33 @@ def best_items(
     """The best ``keep`` identifiers below rows: their first allowed items, rows and scores. Returns how many.
 
     tokens: of the items, ``len(offsets) - 1`` of each; table, offsets: their log-probabilities, and where those of each
-    token begin. totals: room for the scores of a chunk of items.
+    token begin. totals: room for the scores of a chunk of items, and 64 more.
     """
     if bits != NO_BITMAP:
         return _best_allowed_items(
             tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch
         )
-    count = len(offsets) - 1
-    own, second, third = table[offsets[0] :], table[offsets[min(1, count)] :], table[offsets[min(2, count)] :]
-    step = np.uint64(stride)
-    size = 0
-    threshold = -np.inf
-    first, begin = 0, low[0]  # where the chunk begins
-    highest, tops = np.empty(rows), np.empty(rows)  # of each row in it; the same without rows that have none
-    while first < rows:
-        filled, row, at, found = np.uint64(0), first, begin, 0
-        while row < rows and filled < np.uint64(len(totals)):
-            end = min(high[row], at + len(totals) - np.int64(filled))
-            here, top = base[row], -np.inf
-            for i in range(np.uint64(at), np.uint64(end)):
-                at_tokens = i * step
-                total = here + own[tokens[at_tokens]]
-                if count > 1:
-                    total += second[tokens[at_tokens + np.uint64(1)]]
-                if count > 2:
-                    total += third[tokens[at_tokens + np.uint64(2)]]
-                for level in range(3, count):
-                    total += table[offsets[level] + tokens[at_tokens + np.uint64(level)]]
-                top = max(top, total)
-                totals[filled] = total
-                filled += np.uint64(1)
-            highest[row] = top
-            if top > -np.inf:
-                tops[found] = top
-                found += 1
-            if end < high[row]:
-                at = end
-                break
-            row += 1
-            at = low[row] if row < rows else 0
-        pieces = row + (row < rows and at > low[row]) - first
-        if found >= keep:  # each row has an identifier of its own
-            least = nth_largest(tops, found, keep, scratch)
-            threshold = max(threshold, np.nextafter(least, -np.inf))
-        position = 0
-        for r in range(first, first + pieces):
-            at_here = begin if r == first else low[r]
-            end_here = at if r == row else high[r]
-            while at_here < end_here:
-                stop = min(end_here, at_here + len(score) - size)
-                if highest[r] > threshold:
-                    part = totals[position : position + stop - at_here]
-                    for i in range(np.uint64(len(part))):
-                        node[size] = at_here + np.int64(i)
-                        parent[size] = r
-                        score[size] = part[i]
-                        size += part[i] > threshold
-                position += stop - at_here
-                at_here = stop
-                if size == len(score):
-                    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
-                    size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
-        first, begin = row, at
-    size = _drop_repeats(tokens, stride, count, node, parent, score, size)
-    return cut_nodes(node, parent, score, size, keep, scratch)[0]
+    room = len(totals) - 64
+    size = _items_above(
+        True, tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score, totals, room, scratch
+    )
+    if size < keep:  # too few passed what was estimated, or there are no more
+        size = _items_above(
+            False,
+            tokens,
+            stride,
+            rows,
+            low,
+            high,
+            base,
+            table,
+            offsets,
+            keep,
+            node,
+            parent,
+            score,
+            totals,
+            room,
+            scratch,
+        )
+    return size

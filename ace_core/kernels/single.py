@@ -22,6 +22,7 @@ from ace_core.kernels.compiled import (
     child_at,
     compiled,
     float64_at,
+    inlined,
     int64_at,
     prefetch,
     probs_word,
@@ -29,7 +30,7 @@ from ace_core.kernels.compiled import (
     uint8_at,
     uint16_at,
 )
-from ace_core.kernels.gather import CHILD, END, ROW, SHORT, SLOT, best_above, inlined
+from ace_core.kernels.gather import CHILD, END, ROW, SHORT, SLOT, best_above
 from ace_core.kernels.selection import order_best_first
 
 _LOW, _HIGH = np.uint64(LOW), np.uint64(LOW + 1)
