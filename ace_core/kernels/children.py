@@ -9,6 +9,7 @@ from ace_core.kernels.selection import largest_few, nth_largest
 
 _MANY, _SHARE = 6, 12  # children for each row that is kept, from which on one of so many is looked at first
 _SIGMAS = 2.5  # of the number of the best ones in the sample: seldom are they not enough, and all are looked at again
+_SAMPLE = 512  # children that are looked at first, at most
 _HANDFUL = 12
 
 
@@ -79,7 +80,7 @@ def likely_threshold(
         children += high[at_row] - low[at_row]
     if children < _MANY * keep:
         return -np.inf
-    share = max(_SHARE, children // room + 1)  # one child of so many is looked at
+    share = max(_SHARE, children // min(room, _SAMPLE) + 1)  # one child of so many is looked at
     allowed = uint64_at(bits)
     count = at = 0
     for r in range(rows):
