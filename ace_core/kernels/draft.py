@@ -90,7 +90,7 @@ def _children_above(
             there = uint64_at(present + np.uint64(nodes[r]) * words * np.uint64(8))
             child = begin
             for word in range(words):
-                hits = exceeding(address + word * np.uint64(512), _less(threshold - here)) & there[word]
+                hits = exceeding(address + word * np.uint64(512), _less(threshold - here)) & there[word]  # type: ignore[call-arg]
                 while hits != np.uint64(0):
                     lowest = hits & (~hits + np.uint64(1))
                     i = child + bit_count(there[word] & (lowest - np.uint64(1)))
