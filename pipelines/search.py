@@ -75,17 +75,24 @@ def parse_filters(conditions: list[str]) -> dict[str, Any]:
                 remedy=f"Write '{name}=[a, b]' for either value, '{name}={{gte: 1, lt: 5}}' for a range.",
             )
         try:
-            # An empty value is the empty text, as a quoted one.
-            filters[name] = yaml.load(value, _Values) if value.strip() else value
+            filters[name] = _value(value.strip())
         except yaml.YAMLError:
             equals = ""
         if not equals:
             raise QueryError(
                 f"{condition!r} is not NAME=VALUE",
                 where="--where",
-                remedy="Write year=2010, 'year={gte: 2010}' or 'year=[2010, 2011]'; quote a text with : or {.",
+                remedy="Write year=2010, 'year={gte: 2010}' or 'year=[2010, 2011]'; quote a text that begins with { or [.",
             )
     return filters
+
+
+def _value(text: str) -> Any:
+    """A text without brackets and quotes is one value, whatever is in it: a colour like #ff0000 is no comment."""
+    if text.startswith(("[", "{", '"', "'")):
+        return yaml.load(text, _Values)
+    loader = _Values("")
+    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
 
 
 def print_hits(text: str, found: Answer, reporter: Reporter, *, as_json: bool) -> None:

@@ -126,6 +126,11 @@ def test_the_words_of_a_search_need_no_quotes(monkeypatch: pytest.MonkeyPatch, t
         ("price=1e-3", 0.001),
         ("new=true", True),
         ("like=trueish", "trueish"),
+        ("colour=#ff0000", "#ff0000"),  # as a comment it would be nothing, and remove what has no colour
+        ("title=Picture #17: a bridge", "Picture #17: a bridge"),
+        ("name=*", "*"),
+        ("name=- 3", "- 3"),
+        ("name='[a]'", "[a]"),
     ],
 )
 def test_conditions_are_read_as_json_reads_values(condition: str, value: object) -> None:

@@ -163,7 +163,7 @@ def _items_above(
         r, item, left = first, begin, np.int64(0)  # the row of a position, its first item here, and that one's position
         past = min(high[r], begin + room) - begin
         for word in range(np.uint64(0), filled, np.uint64(64)):
-            hits = exceeding(address + word * np.uint64(8), threshold)  # type: ignore[call-arg]
+            hits = exceeding(address + word * np.uint64(8), threshold)  # type: ignore[call-arg, var-annotated]
             while hits != np.uint64(0):
                 position = np.int64(word) + trailing_zeros(hits)
                 hits &= hits - np.uint64(1)
