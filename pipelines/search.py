@@ -82,7 +82,7 @@ def parse_filters(conditions: list[str]) -> dict[str, Any]:
             raise QueryError(
                 f"{condition!r} is not NAME=VALUE",
                 where="--where",
-                remedy="Write year=2010, 'year={gte: 2010}' or 'year=[2010, 2011]'; quote a text that begins with { or [.",
+                remedy="Write year=2010, 'year={gte: 2010}' or 'year=[2010, 2011]'; quote a text that begins so.",
             )
     return filters
 
