@@ -203,6 +203,7 @@ def _matches(name: str, column: pa.Array, wanted: FilterValue) -> np.ndarray:
 
 def _value_set(column: pa.Array, value: Any) -> pa.Array:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    values = [v for v in values if v is not None]  # which would stand for the items that lack the attribute
     if pa.types.is_string(column.type):
         values = [_text(v) for v in values]
     return pa.array(values).cast(column.type)

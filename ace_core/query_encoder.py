@@ -78,11 +78,15 @@ class QueryEncoder:
         """Texts as the generator reads them.
 
         Raises:
-            QueryError: a text is empty.
+            QueryError: a text is empty, or is no text.
         """
         for text in texts:
             if not text.strip():
                 raise QueryError("the query is empty", remedy="Describe what to look for.")
+            if any("\ud800" <= character <= "\udfff" for character in text):  # as a terminal hands on stray bytes
+                raise QueryError(
+                    f"the query {text!a} has bytes that are no UTF-8", remedy="Type it, or save it, as UTF-8."
+                )
         features = self.text_encoder.encode(list(texts))
         with torch.inference_mode():
             vector = self._aligner.text(features.pooled.to(self._device))

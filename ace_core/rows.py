@@ -18,8 +18,8 @@ class Rows(NamedTuple):
     Attributes:
         level: tokens spelled so far.
         levels: L, segments: S.
-        live: (n,) int64, rows that exist. The rest of every array is meaningless beyond them.
-        block: (n, B, W) int64.
+        live: (n,) int64, rows that exist.
+        block: (n, B, W) int64; what a walk returns is zero beyond the live rows, so that it may be used to index.
     """
 
     level: int

@@ -71,6 +71,11 @@ def _fit(context: FitContext) -> dict[str, Any]:
         plain_vectors=aligner.item_vectors(corpus.features.embeddings),
     )
     layers, width = captions.hidden.shape[1], captions.hidden.shape[3]
+    leads = context.collective.rank == 0
+    if leads:  # before the training, which a missing model would otherwise end in
+        texts = store.find("texts", context.inputs["texts"])
+        trained = None if texts is None else texts.inputs.get("text_encoder")
+        encoder = load_text_encoder(text_encoder_of(settings.encoders.text, trained, store))
     generator, report = fit_generator(
         Generator(settings.generator, quantizer, width, layers),
         data,
@@ -81,16 +86,14 @@ def _fit(context: FitContext) -> dict[str, Any]:
         device=context.device,
     )
     metrics: dict[str, Any] = {"loss": report.final, "steps": len(report.losses), "captions": len(chosen)}
-    if context.collective.rank == 0:  # the others are done: nothing below is shared work
-        texts = store.find("texts", context.inputs["texts"])
-        trained = None if texts is None else texts.inputs.get("text_encoder")
+    if leads:  # the others are done: nothing below is shared work
         metrics |= learn_ranking(
             context.folder,
             generator=generator,
             quantizer=quantizer,
             aligner=aligner,
             captions=captions,
-            encoder=load_text_encoder(text_encoder_of(settings.encoders.text, trained, store)),
+            encoder=encoder,
             queries=validation_pairs(corpus.split),
             trained=pairs.rows,
             vectors=vectors,

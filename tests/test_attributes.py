@@ -48,6 +48,8 @@ def test_types_survive(column: pa.StructArray) -> None:
         ({"absent": {"gte": 3}}, []),
         ({"absent": {"not": "x"}}, []),
         ({"colour": []}, []),
+        ({"colour": None}, []),
+        ({"colour": ["blue", None]}, [1]),
     ],
 )
 def test_filters(column: pa.StructArray, filters: dict, rows: list[int]) -> None:

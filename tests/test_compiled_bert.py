@@ -101,7 +101,9 @@ def test_hidden_states_are_pytorchs_whatever_texts_travel_together(bert, lengths
 
 def test_tokens_that_the_model_has_not_are_refused(bert) -> None:
     compiled = lean_bert(*bert)
-    with pytest.raises(ModelError, match="token 50 of 50"):
+    with pytest.raises(ModelError, match="to 50 of 50"):
         compiled(torch.tensor([[1, 50]]), torch.ones(1, 2, dtype=torch.int64), 1)
+    with pytest.raises(ModelError, match="tokens -1 to"):
+        compiled(torch.tensor([[1, -1]]), torch.ones(1, 2, dtype=torch.int64), 1)
     with pytest.raises(ModelError, match="41 places of 40"):
         compiled(torch.ones(1, 41, dtype=torch.int64), torch.ones(1, 41, dtype=torch.int64), 1)

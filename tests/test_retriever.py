@@ -263,6 +263,8 @@ def test_bad_queries(tiny: TinyStore) -> None:
     assert retriever.search([]) == []
     with pytest.raises(QueryError, match="empty"):
         retriever.search(["  "])
+    with pytest.raises(QueryError, match="no UTF-8"):
+        retriever.search(["dog \udc80"])
     with pytest.raises(QueryError, match="unknown modality"):
         retriever.search(["x"], modality="smell")
     with pytest.raises(QueryError, match="names no image encoder"):

@@ -77,9 +77,9 @@ class CompiledBert:
         tokens, lengths = ids.numpy(), mask.numpy().sum(1)
         (words, width), places = self._model.words.shape, len(self._model.places)
         count, longest = tokens.shape
-        if tokens.max() >= words or longest > places:
+        if tokens.min() < 0 or tokens.max() >= words or longest > places:
             raise ModelError(
-                f"token {tokens.max()} of {words}, {longest} places of {places}",
+                f"tokens {tokens.min()} to {tokens.max()} of {words}, {longest} places of {places}",
                 where="the text encoder",
                 remedy="Its tokenizer does not belong to its model, or encoders.text.max_tokens is too large.",
             )
