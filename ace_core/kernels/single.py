@@ -83,16 +83,14 @@ def _expand_query(
         int64_at(address + np.uint64(8) * _HIGH), row_reals, bits, table, np.int64(begin), np.int64(step),
         np.int64(keep), values, np.int64(room), scratch,
     )  # fmt: skip
-    size = best_above(
-        threshold, tokens, stride, flat, present, bits, rows, row_reals, live, words, table, begin, step, vocabulary,
-        best, keep, slots, reals, room, values, scratch,
-    )  # fmt: skip
-    if size < keep and threshold > -np.inf:
-        size = best_above(
-            -np.inf, tokens, stride, flat, present, bits, rows, row_reals, live, words, table, begin, step, vocabulary,
-            best, keep, slots, reals, room, values, scratch,
+    while True:
+        found = best_above(
+            threshold, tokens, stride, flat, present, bits, rows, row_reals, live, words, table, begin, step,
+            vocabulary, best, keep, slots, reals, room, values, scratch,
         )  # fmt: skip
-    return size
+        if found >= keep or threshold == -np.inf:
+            return found
+        threshold = -np.inf  # too few passed what the sample made likely
 
 
 @compiled
