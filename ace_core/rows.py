@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ace_core.kernels.compiled import LOW, PARENT, SCORE, probs_word, row_words
+from ace_core.kernels.compiled import LOW, PARENT, SCORE, probs_word
 
 
 class Rows(NamedTuple):
@@ -27,12 +27,6 @@ class Rows(NamedTuple):
     segments: int
     live: np.ndarray
     block: np.ndarray
-
-    @classmethod
-    def blank(cls, queries: int, beam: int, *, level: int, levels: int, segments: int) -> Rows:
-        """Room for rows, none of them live; what is in it is undefined."""
-        shape = queries, beam, row_words(segments, levels)
-        return cls(level, levels, segments, np.empty(queries, np.int64), np.empty(shape, np.int64))
 
     @property
     def width(self) -> int:

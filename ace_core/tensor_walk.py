@@ -188,7 +188,7 @@ class TensorWalk:
         low, high = rows.low.cpu().numpy(), rows.high.cpu().numpy()
         some = high > low
         score = rows.score.double().cpu().numpy()
-        host = Rows.blank(*score.shape, level=self.levels, levels=self.levels, segments=len(base))
+        host = self.host.blank(len(score), score.shape[1], self.levels)
         host.live[:] = np.isfinite(score).sum(1)
         host.score[:], host.parent[:] = score, rows.parent.cpu().numpy()
         host.low[:], host.high[:] = np.where(some, low - base, 0), np.where(some, high - base, 0)

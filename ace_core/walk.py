@@ -81,7 +81,7 @@ class Walk:
 
     def root(self, queries: int) -> Rows:
         """One row a query, before the first token."""
-        rows = self._blank(queries, 1, 0)
+        rows = self.blank(queries, 1, 0)
         rows.live[:], rows.block[:], rows.high[:] = 1, 0, self._roots
         return rows
 
@@ -104,7 +104,7 @@ class Walk:
         room = rows.block.shape[1]
         if given_rows not in (1, room) and not rows.width <= given_rows <= room:
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
-        following = self._blank(queries, beam, level + 1)
+        following = self.blank(queries, beam, level + 1)
         arrays = self._layout, level, masks.bits, rows.block, rows.live, log_probs, following.block, following.live
         if len(self.segments) == 1 and not renormalise:
             kernels.expand_one(*arrays)
@@ -112,8 +112,8 @@ class Walk:
             kernels.expand(*arrays, renormalise)
         return following
 
-    def _blank(self, queries: int, beam: int, level: int) -> Rows:
-        """Room for rows, none of them live; what is in it is undefined."""
+    def blank(self, queries: int, beam: int, level: int) -> Rows:
+        """Room for rows of ``level`` tokens; what is in it is undefined."""
         live, block = np.empty(queries, np.int64), np.empty((queries, beam, self._row_words), np.int64)
         return Rows(level, len(self.vocab_sizes), len(self.segments), live, block)
 
@@ -128,7 +128,7 @@ class Walk:
         """
         queries = len(log_probs)
         self._check_width(log_probs)
-        done = self._blank(queries, keep, self.levels)
+        done = self.blank(queries, keep, self.levels)
         if len(self.segments) == 1:
             kernels.draft(self._layout, self._plan(keep), masks.bits, log_probs, done.block, done.live)
             return done

@@ -47,8 +47,8 @@ class BatchedText(ABC):
         """
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode n texts. An empty text is encoded as its special tokens alone, as
-        padding where there are none.
+        """Encode n texts. An empty text is encoded as its special tokens alone, as padding where
+        there are none.
 
         The cost follows the texts' own lengths: they are sorted by length and run in batches. T is the length in
         tokens of the longest text.

@@ -127,7 +127,7 @@ def _draft_query(
     """:func:`draft` for one query. Returns the number of rows."""
     levels, depth = len(layout), plan[0]
     widths, offsets = plan[2 : 2 + depth], plan[2 + levels :]
-    rows = 1
+    rows = np.int64(1)  # as a plain 1 it is a type of its own, for which all that is called is compiled once more
     low[0], high[0], base[0] = 0, plan[1], 0.0
     for level in range(depth):
         address, present = np.uint64(layout[level, 0, TOKENS]), np.uint64(layout[level, 0, PRESENT])

@@ -121,12 +121,12 @@ def _sum(tokens, stride, count, low, high, here, table, offsets, totals, filled)
 
 
 @compiled
-def _likely_threshold(totals, count, keep, sample, scratch):
-    """A score that somewhat more than ``keep`` of the first ``count`` totals are likely to pass, from one in a few of
-    them; -inf where they are few."""
+def _likely_threshold(totals, count, share, keep, sample, scratch):
+    """A score that somewhat more than ``keep`` of the first ``count`` totals are likely to pass, from one of ``share``,
+    or of more; -inf where they are few."""
     if count < 2 * keep:
         return -np.inf
-    looked_at, share = 0, max(_SHARE, count // len(sample) + 1)
+    looked_at, share = 0, max(share, count // len(sample) + 1)
     for at in range(0, count, share):
         sample[looked_at] = totals[at]
         looked_at += totals[at] > -np.inf
@@ -137,9 +137,10 @@ def _likely_threshold(totals, count, keep, sample, scratch):
 
 @compiled
 def _items_above(
-    likely, tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score, totals, room, scratch
+    share, tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score, totals, room, scratch
 ):  # fmt: skip
-    """:func:`best_items` of all, or (``likely``) of those above a score that most likely enough of them pass."""
+    """:func:`best_items` of those above a score that most likely enough of them pass, learned from one item of
+    ``share``; of all where that is 0."""
     count = len(offsets) - 1
     step = np.uint64(stride)
     address = np.uint64(totals.ctypes.data)
@@ -158,8 +159,8 @@ def _items_above(
             at = low[row] if row < rows else 0
         for blank in range(filled, (filled + np.uint64(63)) & ~np.uint64(63)):
             sums[blank] = -np.inf
-        if likely and first == 0 and begin == low[0]:
-            threshold = _likely_threshold(totals, np.int64(filled), keep, score, scratch)
+        if share and first == 0 and begin == low[0]:
+            threshold = _likely_threshold(totals, np.int64(filled), share, keep, score, scratch)
         r, item, left = first, begin, np.int64(0)  # the row of a position, its first item here, and that one's position
         past = min(high[r], begin + room) - begin
         for word in range(np.uint64(0), filled, np.uint64(64)):
@@ -195,27 +196,11 @@ def best_items(
         return _best_allowed_items(
             tokens, stride, rows, low, high, base, bits, table, offsets, keep, node, parent, score, scratch
         )
-    room = len(totals) - 64
-    size = _items_above(
-        True, tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score, totals, room, scratch
-    )
-    if size < keep:  # too few passed what was estimated, or there are no more
-        size = _items_above(
-            False,
-            tokens,
-            stride,
-            rows,
-            low,
-            high,
-            base,
-            table,
-            offsets,
-            keep,
-            node,
-            parent,
-            score,
-            totals,
-            room,
-            scratch,
-        )
+    room, size = len(totals) - 64, 0
+    for share in (_SHARE, 0):  # where too few pass what was estimated, or there are no more, all are looked at
+        if size < keep:
+            size = _items_above(
+                np.int64(share), tokens, stride, rows, low, high, base, table, offsets, keep, node, parent, score,
+                totals, room, scratch,
+            )  # fmt: skip
     return size

@@ -1,8 +1,7 @@
 """Matrix products with weights in half precision and arithmetic in float32, for a dozen rows as fast as for thousands.
 
 A layer of few rows takes as long as its weights take to read and to widen. Here they lie in the order of use, 16
-outputs side by side, and up to six rows share what was read: on one core about 85 % of the multiplications that it can
-make, whatever the number of rows. Machine code for it comes from LLVM, as for all kernels.
+outputs side by side, and up to six rows share what was read. Machine code for it comes from LLVM, as for all kernels.
 """
 
 from __future__ import annotations
