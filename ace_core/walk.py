@@ -47,6 +47,7 @@ class Walk:
                 f"segments have different vocabularies: {[s.vocab_sizes for s in self.segments]}",
                 remedy="All segments of a snapshot must come from one quantizer: publish again.",
             )
+        self.items = sum(s.items for s in self.segments)
         # by level and segment: which tokens follow each node of the level above, where these are many
         self.present = [[_present(s, level) for s in self.segments] for level in range(self.levels)]
         self._layout = _layout(self.segments, self.present)
@@ -67,11 +68,6 @@ class Walk:
     @property
     def levels(self) -> int:
         return len(self.vocab_sizes)
-
-    @property
-    def items(self) -> int:
-        """Items of all segments."""
-        return sum(s.items for s in self.segments)
 
     @property
     def nbytes(self) -> int:
@@ -156,24 +152,24 @@ class Walk:
 
     def collect(self, rows: Rows, masks: MaskAddresses, limit: int) -> Candidates:
         """The allowed items of complete rows: best row first, inside a row by segment and item; at most ``limit``."""
-        found, outputs = self._candidates(len(rows.live), limit)
-        kernels.collect(masks.bits, rows.block, rows.live, *outputs, found)
-        return _trimmed(found, *outputs)
+        outputs = self._candidates(len(rows.live), limit)
+        return _trimmed(outputs, kernels.collect(masks.bits, rows.block, rows.live, *outputs))
 
     def draft_items(self, log_probs: np.ndarray, keep: int, masks: MaskAddresses, limit: int) -> Candidates:
         """:meth:`collect` of a :meth:`draft`, in one go."""
         if len(self.segments) > 1:
             return self.collect(self.draft(log_probs, keep, masks), masks, limit)
         self._check_width(log_probs)
-        found, outputs = self._candidates(len(log_probs), limit)
-        kernels.draft_items(self._layout, self._plan(keep), keep, masks.bits, log_probs, *outputs, found)
-        return _trimmed(found, *outputs)
+        outputs = self._candidates(len(log_probs), limit)
+        width = kernels.draft_items(self._layout, self._plan(keep), keep, masks.bits, log_probs, *outputs)
+        return _trimmed(outputs, width)
 
-    def _candidates(self, queries: int, limit: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    def _candidates(self, queries: int, limit: int) -> tuple[np.ndarray, ...]:
+        """Room for what a search finds, in the order of :class:`~ace_core.candidates.Candidates`."""
         shape = queries, min(limit, self.items)
         tokens = *shape, self.levels
-        return np.empty(queries, np.int64), (
-            np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.float32),
+        return (
+            np.empty(shape, bool), np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.float32),
             np.empty(tokens, np.float32), np.empty(tokens, np.uint16),
         )  # fmt: skip
 
@@ -253,13 +249,11 @@ def draft_widths(keep: int, levels: int, depth: int) -> list[int]:
     return [*widths, keep]
 
 
-def _trimmed(
-    found: np.ndarray, segment: np.ndarray, row: np.ndarray, score: np.ndarray, levels: np.ndarray, codes: np.ndarray
-) -> Candidates:
+def _trimmed(outputs: tuple[np.ndarray, ...], width: int) -> Candidates:
     """Candidates of as many columns as the fullest query has."""
-    width = int(found.max(initial=0))
-    score = score[:, :width]
-    return Candidates(score > -np.inf, segment[:, :width], row[:, :width], score, levels[:, :width], codes[:, :width])
+    if width < outputs[0].shape[1]:
+        outputs = tuple(array[:, :width] for array in outputs)
+    return Candidates(*outputs)
 
 
 def _foreign_model(found: Sequence[int], vocab_sizes: tuple[int, ...]) -> StoreError:

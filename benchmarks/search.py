@@ -54,7 +54,7 @@ class OneShot:
         def search(query: np.ndarray) -> np.ndarray:
             found = self._candidates(query, draft, draft)
             stored.add_products(query, found.row, found.valid, found.log_prob)
-            return self.codes.order[found.row[0, found.log_prob[0].argsort()[-10:]]]
+            return self.codes.order[found.row[0][found.log_prob[0].argsort()[-10:]]]
 
         return search
 

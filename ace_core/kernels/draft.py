@@ -225,14 +225,16 @@ def draft(layout, plan, bits, log_probs, done, done_live):
 
 
 @compiled
-def draft_items(layout, plan, keep, bits, log_probs, segment, item, item_score, item_levels, item_codes, found):
+def draft_items(layout, plan, keep, bits, log_probs, valid, segment, item, item_score, item_levels, item_codes):
     """:func:`draft` of ``keep`` identifiers, and :func:`~ace_core.kernels.items.collect` of their items."""
-    levels = len(layout)
+    levels, most = len(layout), np.int64(0)
     leaves, live = np.empty((1, keep, row_words(1, levels)), np.int64), np.empty(1, np.int64)
     for q in range(len(item)):
         own = bits[q % bits.shape[0] : q % bits.shape[0] + 1]
         draft(layout, plan, own, log_probs[q : q + 1], leaves, live)
-        found[q] = collect_query(
+        found = collect_query(
             own[0, levels - 1], leaves[0], live[0],
-            segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
+            valid[q], segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip
+        most = max(most, found)
+    return most

@@ -20,7 +20,7 @@ def mark_parents(children, pointers, parents):
 
 
 @compiled
-def collect_query(bits, leaves, live, segment, item, item_score, item_levels, item_codes):
+def collect_query(bits, leaves, live, valid, segment, item, item_score, item_levels, item_codes):
     """:func:`collect` for one query: the same arrays without their first axis. Returns the number of items."""
     capacity, levels = item_codes.shape
     segments = len(bits)
@@ -35,6 +35,7 @@ def collect_query(bits, leaves, live, segment, item, item_score, item_levels, it
                 if count == capacity:
                     break
                 if address == NO_BITMAP or (allowed[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
+                    valid[count] = True
                     segment[count] = s
                     item[count] = i
                     item_score[count] = reals[r, SCORE]
@@ -43,6 +44,7 @@ def collect_query(bits, leaves, live, segment, item, item_score, item_levels, it
                         item_codes[count, level] = codes[r, code_at + level]
                     count += 1
     for blank in range(count, capacity):
+        valid[blank] = False
         segment[blank] = item[blank] = 0
         item_score[blank] = -np.inf
         for level in range(levels):
@@ -52,17 +54,21 @@ def collect_query(bits, leaves, live, segment, item, item_score, item_levels, it
 
 
 @compiled
-def collect(bits, leaves, live, segment, item, item_score, item_levels, item_codes, found):
-    """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query.
+def collect(bits, leaves, live, valid, segment, item, item_score, item_levels, item_codes):
+    """The allowed items of each query's leaves, in the order of leaf, segment, item, up to C a query. Returns how many
+    the query with the most has.
 
     Args:
         bits: (n or 1, L, S) uint64 addresses of the bitmaps, 0 for all.
         leaves: (n, B, W) complete rows; live: (n,) how many there are.
-        segment, item: (n, C) int64 outputs; item_score, item_levels, item_codes: (n, C), (n, C, L), their leaf's; after
-            the last item 0, and log-probabilities of -inf; found: (n,) int64, how many of each query.
+        valid, segment, item: (n, C) bool and int64 outputs; item_score, item_levels, item_codes: (n, C), (n, C, L),
+            their leaf's; after the last item 0, and log-probabilities of -inf.
     """
+    most = np.int64(0)
     for q in range(len(live)):
-        found[q] = collect_query(
+        found = collect_query(
             bits[q % bits.shape[0], bits.shape[1] - 1], leaves[q], live[q],
-            segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
+            valid[q], segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip
+        most = max(most, found)
+    return most
