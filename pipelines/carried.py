@@ -17,13 +17,11 @@ from ace_core.config import LimitSettings
 from ace_core.features import embeddings_of
 from ace_core.items import Modality
 from ace_core.manifest import MANIFEST_NAME, code_version, fingerprint
-from ace_core.media.causes import Cause
+from ace_core.media.causes import PASSING
 from ace_store import Store
 from pipelines.encode import KnownEmbeddings, Span
 from pipelines.shards import BAD_SCHEMA, PartWriter, Shard, committed_shards, file_ids, item_rows
 
-# Not what a full disk, a busy machine or a lost node can cause: timeouts, crashes, files that cannot be read.
-LASTING = frozenset({*Cause, "no-content"} - {Cause.TIMEOUT, Cause.CRASHED})
 _DECODERS = ("pillow", "soundfile", "av", "decord")
 
 
@@ -86,7 +84,7 @@ def carry_over(
             holed = {row["file_id"] for row in errors}  # by its content, only all of a file is known
             errors = [row for row in errors if same(row["file_id"], row["uri"], row["stamp"]) is not None]
             stands = shard.judged == writer.judged
-            again = {row["file_id"] for row in errors if not (stands and row["cause"] in LASTING)}
+            again = {row["file_id"] for row in errors if not stands or row["cause"] in PASSING}
             carried: set[str] = set()  # all that there is of a file is in one shard
             if shard.items_file is not None:
                 path = store.path("features", part, shard.items_file)

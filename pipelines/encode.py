@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from ace_core.config import LimitSettings, MediaEncoderSettings, SegmentSettings
 from ace_core.errors import AceError, MediaError
 from ace_core.features import embeddings_of
 from ace_core.items import Modality, content_hash
-from ace_core.media.causes import Cause
+from ace_core.media.causes import PASSING, Cause, no_memory
 from ace_core.media.isolate import PIECE
 from ace_core.media.segments import SLACK, cut
 from ace_store import ItemReader, open_location
@@ -198,7 +199,7 @@ class EncodeItems:
             try:
                 if size > self._limits.max_bytes:  # known from the listing: not worth reading
                     limit = self._limits.max_bytes
-                    raise MediaError("too-large", f"the file has {size:,} bytes, the limit is {limit:,}")
+                    raise MediaError(Cause.TOO_LARGE, f"the file has {size:,} bytes, the limit is {limit:,}")
                 data = self._read(uri)
                 whole.content_hash = content_hash(data)
                 if known := self._known.get(whole.content_hash):
@@ -237,14 +238,14 @@ class EncodeItems:
                 self._encode([one for one in group if one.decoded is not None])
                 parts += group
         if all(one.cause for one in parts):  # a bad file is one row, however long it is
-            return [replace(parts[0], span=None)]
+            return [_one_for_all(parts)]
         return parts
 
     def _read(self, uri: str) -> bytes:
         try:
             return self._reader.read(uri)
         except OSError as e:
-            raise MediaError("unreadable", f"the file cannot be read ({e})") from None
+            raise MediaError(Cause.UNREADABLE, f"the file cannot be read ({e})") from None
 
     def _encode(self, items: list[_Loaded]) -> None:
         """Encode decoded items, in batches of the set size, or of the one that the trial is at."""
@@ -278,7 +279,8 @@ class EncodeItems:
             one.decoded = None
             if one.embedding is not None and not (np.isfinite(one.embedding).all() and one.embedding.any()):
                 one.embedding = None
-                one.fail(MediaError("no-content", "the encoder finds nothing in it (its vector is zero or not finite)"))
+                nothing = "the encoder finds nothing in it (its vector is zero or not finite)"
+                one.fail(MediaError(Cause.NO_CONTENT, nothing))
 
 
 def questions(files: list[_File], threads: int) -> Iterator[list[_File]]:
@@ -304,6 +306,17 @@ def _out_of_memory(error: Exception) -> bool:
     return True
 
 
+def _one_for_all(parts: list[_Loaded]) -> _Loaded:
+    """Of n bad segments, the row of their file: it is tried again if one of them would be, or else has the cause of
+    most."""
+    passing = [one for one in parts if one.cause in PASSING]
+    counts = Counter(one.cause for one in passing or parts)
+    cause, count = counts.most_common(1)[0]
+    first = next(one for one in parts if one.cause == cause)
+    also = "" if count == len(parts) else f"; so {count:,} of {len(parts):,} segments, all bad"
+    return replace(first, span=None, detail=first.detail + also)
+
+
 def _start(span: Span) -> float:
     return span[0] if span else 0.0
 
@@ -322,6 +335,8 @@ class _Loaded:
     reused: bool = False
 
     def fail(self, error: Exception) -> None:
-        self.cause = str(error.cause) if isinstance(error, MediaError) else "unexpected"
+        if isinstance(error, MemoryError):
+            error = no_memory()
+        self.cause = str(error.cause if isinstance(error, MediaError) else Cause.UNEXPECTED)
         self.detail = error.found if isinstance(error, AceError) else f"{type(error).__name__}: {error}"
         self.decoded = None

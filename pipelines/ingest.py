@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ace_core.errors import CorpusError
 from ace_core.features import ERRORS_SCHEMA
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import Manifest, fingerprint
+from ace_core.media.causes import PASSING
 from ace_store import Store
 from pipelines.carried import carry_over, earlier_parts, judged_by
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
@@ -43,7 +44,8 @@ _CALL_BYTES = 8 << 20  # ... unless files of this corpus are long
 
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
-    """Make the features part of the corpus as it is now; nothing is done when the store has it.
+    """Make the features part of the corpus as it is now. When the store has it, nothing is done, but for files whose
+    cause may have passed: these are tried again, and give a new part if any of them can be used now.
 
     Raises:
         CorpusError: the corpus cannot be used, or not one of its files can.
@@ -55,20 +57,55 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     present = [m for m in MODALITIES if listing.of(m).num_rows]
     identities = encoder_identities(settings, present)
     marks = {m: encoder_mark(settings, m, identity) for m, identity in identities.items()}
-    part_id = fingerprint("features", listing.root, listing.digest(), marks, settings.limits.model_dump())
-    manifest = store.find("features", part_id)
-    if manifest is not None:
-        reporter.say(f"features {part_id}: nothing changed, nothing to do")
-        store.set_latest("features", part_id)
-        _report_bad(manifest, store, reporter)
-        return manifest
+    made_of = fingerprint("features", listing.root, listing.digest(), marks, settings.limits.model_dump())
+    done = _done(store, made_of)
+    if done is not None:
+        store.set_latest("features", done.id)
+        if not (again := _passing(done.metrics["errors"])):
+            reporter.say(f"features {done.id}: nothing changed, nothing to do")
+            _report_bad(done, store, reporter)
+            return done
+        files = counted(again, "file")
+        reporter.say(f"features {done.id}: nothing changed; trying again what may have passed: {files}")
+    part_id = made_of if done is None else _again(done)
     judged, corpus = judged_by(settings.limits), settings.corpus
     writer = PartWriter.resume(store, part_id, corpus.shard_items, corpus.shard_seconds, judged)
     left = [_left(writer, listing, modality, marks[modality], reporter) for modality in present]
     _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], reporter)
-    manifest = _seal(settings, writer, listing, identities, time.monotonic() - started, reporter)
+    if done is not None and _outcome(writer) == (sum(done.metrics["items"].values()), _passing(done.metrics["errors"])):
+        store.delete(f"features/{part_id}")
+        reporter.say(f"features {done.id}: as they were, none of it can be used yet")
+        _report_bad(done, store, reporter)
+        return done
+    manifest = _seal(settings, made_of, writer, listing, identities, time.monotonic() - started, reporter)
     _summarise(manifest, store, reporter)
     return manifest
+
+
+def _done(store: Store, made_of: str) -> Manifest | None:
+    """The finished part of this corpus and these settings; the last one, where bad files were tried again."""
+    pointer = store.read_json("features/LATEST")
+    done = None if pointer is None else store.find("features", str(pointer["id"]))
+    if done is None or done.settings.get("made_of") != made_of:
+        done = store.find("features", made_of)
+    while done is not None and (later := store.find("features", _again(done))) is not None:
+        done = later
+    return done
+
+
+def _again(done: Manifest) -> str:
+    """Id of the part that trying the bad files of another one again makes."""
+    return fingerprint("tried again", done.id)
+
+
+def _passing(causes: Mapping[str, int]) -> int:
+    """How many of the bad files, by cause, may be good another time."""
+    return sum(count for cause, count in causes.items() if cause in PASSING)
+
+
+def _outcome(writer: PartWriter) -> tuple[int, int]:
+    """Items, and files that may be good another time."""
+    return sum(shard.items for shard in writer.shards), sum(_passing(shard.errors) for shard in writer.shards)
 
 
 def encoder_identities(settings: Settings, modalities: list[Modality]) -> dict[str, str]:
@@ -174,6 +211,7 @@ def _error_rows(rows: pa.Table, result: dict[str, np.ndarray], failed: np.ndarra
 
 def _seal(
     settings: Settings,
+    made_of: str,
     writer: PartWriter,
     listing: Listing,
     identities: dict[str, str],
@@ -189,17 +227,18 @@ def _seal(
     if not total:
         names = [name for shard in writer.shards for name in shard.files]
         some = "".join(f", such as {_told(row)}" for row in some_errors(writer.store, writer.part_id, names, 1))
-        raise CorpusError(
-            f"not one of {listing.items.num_rows:,} files can be used ({_counted(causes)}){some}",
-            where=listing.root,
-            remedy=f"The reasons are in {writer.path('errors')}.",
-        )
+        found = f"not one of {listing.items.num_rows:,} files can be used ({_counted(causes)}){some}"
+        if _passing(causes):
+            writer.store.delete(f"features/{writer.part_id}")
+            raise CorpusError(found, where=listing.root, remedy="That may pass: run `ace ingest` again.")
+        raise CorpusError(found, where=listing.root, remedy=f"The reasons are in {writer.path('errors')}.")
     files = {name: entry for shard in writer.shards for name, entry in shard.files.items()}
     files |= writer.write_errors("listing", listing.errors.cast(ERRORS_SCHEMA))
     manifest = Manifest(
         kind="features",
         id=writer.part_id,
         settings={
+            "made_of": made_of,
             "corpus_root": listing.root,
             "encoders": settings.encoders.model_dump(),
             "limits": settings.limits.model_dump(),
@@ -244,13 +283,15 @@ def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
 def _report_bad(manifest: Manifest, store: Store, reporter: Reporter) -> None:
     metrics = manifest.metrics
     if metrics["errors"]:
+        passing = [cause for cause in metrics["errors"] if cause in PASSING]
         total = counted(sum(metrics["errors"].values()), "file")
         reporter.say(f"  {total} could not be used: {_counted(Counter(metrics['errors']))}")
         names = [name for name in manifest.files if name.startswith("errors/")]
         for row in some_errors(store, manifest.id, names, SHOWN):
             reporter.say(f"    {_told(row)}")
         reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
-        reporter.say("  one is tried again when it changes (`touch` it), or the limits or its encoder do")
+        also = "; by the next `ace ingest` after " + " or ".join(passing) if passing else ""
+        reporter.say(f"  one is tried again when it changes (`touch` it), or the limits or its encoder do{also}")
 
 
 def _told(row: dict[str, str]) -> str:

@@ -16,8 +16,12 @@ import soundfile
 from rich.console import Console
 
 from ace_core.config import LimitSettings
+from ace_core.errors import CorpusError
 from ace_core.features import ERRORS_SCHEMA, read_errors, read_features
 from ace_core.manifest import Manifest
+from ace_core.media.causes import PASSING, no_memory
+from ace_core.media.decoders import Answer
+from ace_core.media.isolate import IsolatedDecoder
 from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines.carried import judged_by
@@ -120,7 +124,7 @@ def test_a_verdict_ends_with_the_limits_and_decoders_that_gave_it(
     assert corpus.decoded == ["junk.wav"]
 
 
-@pytest.mark.parametrize("cause", ["timeout", "crashed", "unreadable", "unexpected"])
+@pytest.mark.parametrize("cause", sorted(PASSING))
 def test_what_may_be_the_machines_fault_is_tried_again(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, cause: str
 ) -> None:
@@ -136,6 +140,46 @@ def test_what_may_be_the_machines_fault_is_tried_again(
     assert corpus.errors(corpus.ingest()) == {"bad.wav": cause}
     corpus.caption("one tone")
     assert corpus.errors(corpus.ingest()) == {"bad.wav": cause} and corpus.decoded == ["bad.wav"]
+
+
+def test_what_may_have_passed_is_tried_again_though_nothing_changed(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that ran out is no verdict; a part with nothing new in it would have the models fitted again."""
+    (corpus.folder / "junk.wav").write_bytes(b"junk")
+    write_tone(corpus.folder / "c.wav", 880)
+    wholes = IsolatedDecoder.wholes
+
+    def starved(self: IsolatedDecoder, files: list[bytes], most: float) -> list[Answer]:
+        answers = wholes(self, files, most)
+        return [no_memory() if file == data else answer for file, answer in zip(files, answers)]
+
+    data = (corpus.folder / "c.wav").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(IsolatedDecoder, "wholes", starved)
+        first = corpus.ingest()
+        assert corpus.errors(first) == {"c.wav": "out-of-memory", "junk.wav": "not-audio"}
+        assert "by the next `ace ingest` after out-of-memory" in corpus.said
+        assert corpus.ingest().id == first.id and corpus.decoded == ["c.wav"]
+        assert "trying again what may have passed: 1 file" in corpus.said and "as they were" in corpus.said
+    again = corpus.ingest()
+    assert corpus.decoded == ["c.wav"] and corpus.errors(again) == {"junk.wav": "not-audio"}
+    assert again.metrics["items"] == {"audio": 3} and again.metrics["reused"] == {"audio": 2}
+    corpus.store.delete_part("features", first.id)  # as `ace gc` does
+    assert corpus.ingest().id == again.id and corpus.decoded == [] and "nothing to do" in corpus.said
+
+
+def test_a_corpus_of_which_nothing_could_be_used_for_now_is_tried_again(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(self: IsolatedDecoder, files: list[bytes], most: float) -> list[Answer]:
+        return [MemoryError()] * len(files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IsolatedDecoder, "wholes", starved)
+        with pytest.raises(CorpusError, match=r"2 out-of-memory.*That may pass: run `ace ingest` again"):
+            corpus.ingest()
+    assert corpus.ingest().metrics["items"] == {"audio": 2}
 
 
 def _with_a_hole(corpus: Corpus) -> tuple[str, ...]:

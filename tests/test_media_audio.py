@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -197,3 +198,16 @@ def test_flipped_bytes_decode_or_are_refused(data: bytes) -> None:
             outcomes.add(e.cause)
     assert outcomes <= {"decoded", *Cause}
     assert len(outcomes) > 1
+
+
+@pytest.mark.parametrize("step", ["soundfile.SoundFile", "soundfile.SoundFile.read", "av.open", "av.AudioResampler"])
+def test_too_little_memory_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    by_av = step.startswith("av")
+
+    def starved(*args: object, **kwargs: object) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory") if by_av else soundfile.LibsndfileError(17)
+
+    data = by_ffmpeg(tone(), 22_050, "mp4", "aac") if by_av else sound(tone())
+    resampling = SimpleNamespace(resample=starved)
+    monkeypatch.setattr(step, (lambda **kwargs: resampling) if step == "av.AudioResampler" else starved)
+    assert cause_of(data) == Cause.OUT_OF_MEMORY

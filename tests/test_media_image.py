@@ -205,6 +205,21 @@ def test_flipped_bytes_decode_or_are_refused(kind: str) -> None:
     assert outcomes & {*Cause}, "the damage was never noticed"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+@pytest.mark.parametrize("step", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load"])
+def test_too_little_memory_is_no_fault_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    """Python's error, and how Pillow's decoders say it."""
+
+    def starved(*args: object, **kwargs: object) -> None:
+        raise error
+
+    data = saved(scene(), "PNG")
+    monkeypatch.setattr(step, starved)
+    assert cause_of(data) == Cause.OUT_OF_MEMORY
+
+
 def test_kinds() -> None:
     assert modality_of("a/b/Cat.JPEG") is Modality.IMAGE and mime_of("cat.png") == "image/png"
     assert modality_of("https://host/x.webm?token=1.mp3") is Modality.VIDEO

@@ -79,7 +79,7 @@ def test_too_little_memory_is_no_fault_of_the_file() -> None:
             raise MemoryError
 
     header, _ = isolate._decoded(Greedy(LimitSettings()), png(), isolate._WHOLE, math.inf, math.nan)
-    assert header["cause"] == Cause.CRASHED and "memory" in header["found"]
+    assert header["cause"] == Cause.OUT_OF_MEMORY and "memory" in header["found"]
 
 
 def test_a_crash_costs_one_file() -> None:

@@ -227,3 +227,13 @@ def test_flipped_bytes_decode_or_are_refused(data: bytes, backend: str) -> None:
             outcomes.add(e.cause)
     assert outcomes <= {4, *Cause}
     assert len(outcomes) > 1
+
+
+@pytest.mark.parametrize("step", ["av.open", "ace_core.media.video._pictures"])
+def test_too_little_memory_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def starved(*args: object, **kwargs: object) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    data = video(4)
+    monkeypatch.setattr(step, starved)
+    assert cause_of(data, "pyav") == Cause.OUT_OF_MEMORY

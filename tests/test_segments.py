@@ -152,6 +152,28 @@ def test_a_bad_segment_costs_itself_and_a_bad_file_is_one_row(tmp_path: Path) ->
     assert result["cause"][result["row"] == 1].tolist() == ["truncated"]
 
 
+def test_a_file_of_bad_segments_has_the_cause_of_most_unless_one_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict that lasts would keep the file from being tried again."""
+    (tmp_path / "long.flac").write_bytes(_flac(_melody(300, 500, 800)))
+    corrupt, cut_off = MediaError("corrupt", "a hole"), MediaError("truncated", "no end")
+    for errors, cause, detail in (
+        ([corrupt, MediaError("timeout", "slow"), corrupt], "timeout", "slow; so 1 of 3 segments, all bad"),
+        ([cut_off, corrupt, corrupt], "corrupt", "a hole; so 2 of 3 segments, all bad"),
+        ([corrupt] * 3, "corrupt", "a hole"),
+    ):
+        left = list(errors)
+
+        def failing(*args: object, left: list[MediaError] = left) -> np.ndarray:
+            raise left.pop(0)
+
+        monkeypatch.setattr(IsolatedDecoder, "part", failing)
+        result = _encode(tmp_path, ["long.flac"])
+        assert result["cause"].tolist() == [cause] and result["detail"].tolist() == [detail]
+        assert np.isnan(result["start"]).all()
+
+
 def test_segments_are_items_that_stay_what_they_are(in_process: None, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()

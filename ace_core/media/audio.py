@@ -12,7 +12,7 @@ import soxr
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
-from ace_core.media.causes import Cause, check_bytes, check_seconds
+from ace_core.media.causes import Cause, check_bytes, check_memory, check_seconds
 from ace_core.media.kinds import sniff, sniffed_modality
 from ace_core.media.structure import is_cut_short
 
@@ -37,7 +37,7 @@ def decode_audio(
 
     Raises:
         MediaError: ``empty``, ``too-large``, ``too-long``, ``zero-length``, ``not-audio``, ``no-audio``,
-            ``truncated`` or ``corrupt``.
+            ``truncated``, ``corrupt`` or ``out-of-memory``.
     """
     if start is not None and end is not None and end <= start:
         raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
@@ -88,6 +88,7 @@ def _soundfile_blocks(
     try:
         file = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as e:
+        check_memory(e)
         raise _refused(data, e) from None
     rate, frames = file.samplerate, file.frames
     if frames <= 0:
@@ -118,6 +119,7 @@ def _read(file: soundfile.SoundFile, source: io.BytesIO, first: int, last: int) 
             left -= len(block)
             yield block.mean(axis=1)
     except soundfile.LibsndfileError as e:
+        check_memory(e)
         # It wanted more where there is no more: cut off. Otherwise it met something that it could not read.
         cut = source.tell() >= source.getbuffer().nbytes
         raise MediaError(

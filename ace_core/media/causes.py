@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import StrEnum
 
 from ace_core.config import LimitSettings
@@ -9,7 +10,8 @@ from ace_core.errors import MediaError
 
 
 class Cause(StrEnum):
-    """The ``cause`` of a :class:`~ace_core.errors.MediaError`. Stored in tables: names never change."""
+    """The ``cause`` of a :class:`~ace_core.errors.MediaError`, and of a file without a vector. Stored in tables: names
+    never change."""
 
     EMPTY = "empty"  # no bytes
     TOO_LARGE = "too-large"  # more bytes than limits.max_bytes
@@ -25,7 +27,16 @@ class Cause(StrEnum):
     CORRUPT = "corrupt"  # recognised, but its content cannot be decoded
     TIMEOUT = "timeout"  # took longer than limits.decode_seconds
     CRASHED = "crashed"  # the decoder's process died on it
+    OUT_OF_MEMORY = "out-of-memory"  # the machine had too little left for it
+    UNREADABLE = "unreadable"  # its storage did not give it
+    NO_CONTENT = "no-content"  # decoded, and the encoder finds nothing in it
+    UNEXPECTED = "unexpected"  # any other error
 
+
+PASSING = frozenset({Cause.TIMEOUT, Cause.CRASHED, Cause.OUT_OF_MEMORY, Cause.UNREADABLE, Cause.UNEXPECTED})
+"""What a busy machine, a full disk or a lost node can cause: another time the same file may do."""
+
+_NO_MEMORY = ("out of memory", "malloc", "cannot allocate memory")  # as Pillow, libsndfile and FFmpeg say it
 
 REMEDY_LIMIT = "Raise {setting} if the file is meant to be in the corpus."
 
@@ -72,3 +83,23 @@ def check_seconds(seconds: float, limits: LimitSettings) -> None:
             f"it lasts {seconds:,.0f} s, the limit is {limits.max_seconds:,.0f} s",
             remedy=REMEDY_LIMIT.format(setting="limits.max_seconds"),
         )
+
+
+def check_memory(error: Exception) -> None:
+    """Of a decoder's error, tell whether memory ran out: then the file may be fine.
+
+    Raises:
+        MediaError: ``out-of-memory``.
+    """
+    code, text = getattr(error, "errno", None), str(error).lower()
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(words in text for words in _NO_MEMORY):
+        raise no_memory() from None
+
+
+def no_memory() -> MediaError:
+    """What is said of a file for which memory ran out."""
+    return MediaError(
+        Cause.OUT_OF_MEMORY,
+        "the machine ran out of memory over it",
+        remedy="Try again when more is free.",
+    )

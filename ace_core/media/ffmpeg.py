@@ -14,7 +14,7 @@ from av.error import FFmpegError
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
-from ace_core.media.causes import Cause, check_pixels, check_seconds
+from ace_core.media.causes import Cause, check_memory, check_pixels, check_seconds
 from ace_core.media.kinds import sniffed_modality
 from ace_core.media.structure import is_cut_short
 
@@ -40,13 +40,14 @@ def open_container(data: bytes, missing: Cause) -> av.container.InputContainer:
     addresses, which it would open: bytes from strangers must not make it.
 
     Raises:
-        MediaError: ``missing`` if the bytes are of no known kind, else ``truncated`` or ``corrupt``.
+        MediaError: ``missing`` if the bytes are of no known kind, else ``truncated``, ``corrupt`` or ``out-of-memory``.
     """
     if sniffed_modality(data) in (None, Modality.IMAGE):
         raise MediaError(missing, "the bytes are of no container that is known")
     try:
         return av.open(io.BytesIO(data), "r", metadata_errors="ignore")
     except DAMAGE as e:
+        check_memory(e)
         cut = len(data) < 64 or is_cut_short(data)
         raise MediaError(
             Cause.TRUNCATED if cut else Cause.CORRUPT, f"the container cannot be opened: {_reason(e)}"
@@ -82,8 +83,8 @@ def last_timestamp(container: av.container.InputContainer) -> float:
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         container.seek(0)
-    except DAMAGE:
-        pass  # what could be read counts; decoding will say what is wrong
+    except DAMAGE as e:
+        check_memory(e)  # otherwise what could be read counts; decoding will say what is wrong
     return end
 
 
@@ -139,7 +140,7 @@ def sound_blocks(
     mono float32 blocks from ``start`` to ``end`` seconds.
 
     Raises:
-        MediaError: ``not-audio``, ``no-audio``, ``too-long``, ``truncated`` or ``corrupt``.
+        MediaError: ``not-audio``, ``no-audio``, ``too-long``, ``truncated``, ``corrupt`` or ``out-of-memory``.
     """
     container = open_container(data, Cause.NOT_AUDIO)
     try:
@@ -178,6 +179,7 @@ def _sound(
                     yield block[low:high].astype(np.float32)
                 begin += len(block) / rate
     except DAMAGE as e:
+        check_memory(e)
         raise MediaError(Cause.CORRUPT, f"the sound cannot be decoded: {_reason(e)}") from None
     finally:
         container.close()

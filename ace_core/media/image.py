@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.items import Modality
-from ace_core.media.causes import Cause, check_bytes, check_pixels
+from ace_core.media.causes import Cause, check_bytes, check_memory, check_pixels
 from ace_core.media.kinds import sniffed_modality
 from ace_core.media.structure import bad_png_chunk, is_cut_short
 
@@ -41,7 +41,8 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
         (h, w, 3) uint8, RGB.
 
     Raises:
-        MediaError: ``empty``, ``too-large``, ``too-many-pixels``, ``not-an-image``, ``truncated`` or ``corrupt``.
+        MediaError: ``empty``, ``too-large``, ``too-many-pixels``, ``not-an-image``, ``truncated``, ``corrupt`` or
+            ``out-of-memory``.
     """
     check_bytes(data, limits)
     try:
@@ -50,7 +51,8 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
         if sniffed_modality(data) is Modality.IMAGE:
             raise _damaged(data, "the header cannot be read") from None
         raise MediaError(Cause.NOT_AN_IMAGE, "the bytes are of no picture format that Pillow knows") from None
-    except _DAMAGE as e:
+    except (*_DAMAGE, MemoryError) as e:
+        check_memory(e)
         raise _damaged(data, f"the header cannot be read: {e}") from None
     check_pixels(*picture.size, limits)
     if 0 in picture.size:
@@ -61,6 +63,7 @@ def decode_image(data: bytes, limits: LimitSettings, min_side: int | None = None
             picture.draft(None, (min_side, min_side))
         picture.load()
     except (*_DAMAGE, MemoryError) as e:
+        check_memory(e)
         raise _damaged(data, f"the {picture.format} cannot be decoded: {e}") from None
     if picture.format == "PNG" and (chunk := bad_png_chunk(data)) is not None:
         raise MediaError(Cause.CORRUPT, f"the checksum of the PNG's chunk {chunk} is wrong")

@@ -29,7 +29,7 @@ import numpy as np
 
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
-from ace_core.media.causes import Cause
+from ace_core.media.causes import Cause, no_memory
 from ace_core.media.decoders import Answer, AudioDecoder, Decoder, ImageDecoder, OpenedMedia, VideoDecoder
 
 _KINDS = {kind.__name__: kind for kind in (ImageDecoder, AudioDecoder, VideoDecoder)}
@@ -304,14 +304,18 @@ def _decoded(decoder: Decoder, data: bytes, asked: int, first: float, last: floa
         else:
             answer = decoder(data, *(None if math.isnan(seconds) else seconds for seconds in (first, last)))
     except MediaError as e:
-        return {"cause": str(e.cause), "found": e.found, "remedy": e.remedy}, nothing
-    except MemoryError:  # of this machine, now: another time it may be enough
-        return {"cause": str(Cause.CRASHED), "found": "the decoder ran out of memory", "remedy": ""}, nothing
+        return _header(e), nothing
+    except MemoryError:
+        return _header(no_memory()), nothing
     except Exception as e:  # a decoder's own bug with this file
-        return {"cause": str(Cause.CORRUPT), "found": f"{type(e).__name__}: {e}", "remedy": ""}, nothing
+        return _header(MediaError(Cause.CORRUPT, f"{type(e).__name__}: {e}")), nothing
     if isinstance(answer, float):
         return {"seconds": answer}, nothing
     return {"shape": answer.shape, "dtype": answer.dtype.str}, answer
+
+
+def _header(error: MediaError) -> dict[str, str]:
+    return {"cause": str(error.cause), "found": error.found, "remedy": error.remedy}
 
 
 if __name__ == "__main__":

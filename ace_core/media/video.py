@@ -14,7 +14,7 @@ import numpy as np
 from ace_core.config import LimitSettings
 from ace_core.errors import MediaError
 from ace_core.media import scenes
-from ace_core.media.causes import Cause, check_bytes, check_seconds
+from ace_core.media.causes import Cause, check_bytes, check_memory, check_seconds
 from ace_core.media.ffmpeg import DAMAGE, frames_at, last_timestamp, open_container, probe_video
 from ace_core.media.image import resized
 from ace_core.media.kinds import sniff
@@ -72,7 +72,7 @@ def decode_video(
 
     Raises:
         MediaError: ``empty``, ``too-large``, ``too-long``, ``too-many-pixels``, ``not-a-video``, ``no-frames``,
-            ``zero-length``, ``truncated`` or ``corrupt``.
+            ``zero-length``, ``truncated``, ``corrupt`` or ``out-of-memory``.
     """
     if start is not None and end is not None and end <= start:
         raise MediaError(Cause.ZERO_LENGTH, f"the part from {start} to {end} s has no duration")
@@ -135,6 +135,7 @@ def _decoded(
                 container.seek(0)
             pictures = _pictures(container, data, times, size, use_decord)
         except DAMAGE as e:
+            check_memory(e)
             raise MediaError(Cause.CORRUPT, f"the video cannot be decoded: {e}") from None
     if not pictures:
         raise MediaError(Cause.NO_FRAMES, "no frame of the video could be decoded")
