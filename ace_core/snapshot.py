@@ -86,7 +86,7 @@ def current_snapshot_id(store: Path) -> str:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            "CURRENT does not name a snapshot", where=path, remedy="Run `ace publish` or `ace rollback`."
+            "CURRENT does not name a snapshot", where=path, remedy="Run `ace publish` or `ace rollback ID`."
         ) from None
 
 
@@ -200,7 +200,7 @@ def _check_ref(folder: Path, ref: PartRef, snapshot_id: str) -> None:
         raise StoreError(
             f"snapshot {snapshot_id} needs {folder.parent.name}/{ref.id}, which is not there",
             where=folder,
-            remedy="Restore it, or `ace rollback` to another snapshot.",
+            remedy="Restore it, or go to another snapshot: `ace rollback ID`.",
         )
     if file_entry(path).sha256 != ref.manifest_sha256:
         raise StoreError(

@@ -164,25 +164,48 @@ def rollback_stage(store: Store, reporter: Reporter, snapshot_id: str | None = N
     """
     started = time.monotonic()
     seen = store.current(damaged=snapshot_id is not None)
+    there = _kept(store, seen.snapshot)
     if snapshot_id is None:
-        current = store.snapshot(store.published())
-        older = [m.id for m in store.parts("snapshot") if m.created_at < current.created_at]
-        if current.parent is None and not older:
-            raise CorpusError(
-                f"there is no snapshot before {current.id}", where=store.uri, remedy="`ace status` lists what is kept."
+        current = store.published()
+        if not there:
+            raise StoreError(
+                f"CURRENT names snapshot {current}, which is gone or damaged",
+                where=store.uri,
+                remedy="Choose one of those that `ace status` lists: `ace rollback ID`.",
             )
-        snapshot_id = current.parent or older[-1]
+        snapshot_id = _before(store, store.snapshot(current))
     manifest = store.snapshot(snapshot_id)
     if seen.snapshot == manifest.id:
         reporter.say(f"snapshot {manifest.id} is the current one already, nothing to do")
         return manifest
     left = "a damaged CURRENT" if seen.snapshot is None else f"snapshot {seen.snapshot}"
+    if seen.snapshot is not None and not there:
+        left += ", which is gone or damaged,"
     made = datetime.fromisoformat(manifest.created_at)
     did = f"rolled back from {left} to {manifest.id} ({manifest.note} of {made:%Y-%m-%d %H:%M} UTC)"
     commit(store, manifest, {}, seen, reporter, started, did=did)
-    again = "" if seen.snapshot is None else f"; back again: `ace rollback {seen.snapshot}`"
+    again = f"; back again: `ace rollback {seen.snapshot}`" if there else ""
     reporter.say(f"searches find it now, running servers change to it at their next look (serve.watch_seconds){again}")
     return manifest
+
+
+def _kept(store: Store, snapshot_id: str | None) -> bool:
+    try:
+        return snapshot_id is not None and store.find("snapshot", snapshot_id) is not None
+    except StoreError:  # its manifest is damaged
+        return False
+
+
+def _before(store: Store, current: SnapshotManifest) -> str:
+    """The snapshot that the current one was made from, or where that is gone or was none, the newest older one."""
+    older = [m.id for m in store.parts("snapshot") if m.created_at < current.created_at]
+    if current.parent is not None and _kept(store, current.parent):
+        return current.parent
+    if not older:
+        raise CorpusError(
+            f"there is no snapshot before {current.id}", where=store.uri, remedy="`ace status` lists what is kept."
+        )
+    return older[-1]
 
 
 def _open_current(store: Store) -> tuple[Current, Snapshot]:

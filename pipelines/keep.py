@@ -38,7 +38,8 @@ def status_table(store: Store) -> Table:
     Raises:
         StoreError: there is nothing.
     """
-    current = store.current().snapshot
+    seen = store.current(damaged=True)  # whoever looks for one to go back to needs the list
+    current = seen.snapshot
     sizes = {kind: [Held.of(m) for m in store.parts(kind)] for kind in KINDS}
     if not any(sizes.values()):
         raise _nothing_in(store)
@@ -47,7 +48,8 @@ def status_table(store: Store) -> Table:
         table.add_column(name)
     for name in ("items", "removed", "segments"):
         table.add_column(name, justify="right")
-    for manifest in reversed(store.parts("snapshot")):
+    snapshots = store.parts("snapshot")
+    for manifest in reversed(snapshots):
         assert isinstance(manifest, SnapshotManifest)
         table.add_row(
             "current" if manifest.id == current else "",
@@ -65,8 +67,11 @@ def status_table(store: Store) -> Table:
         for kind, held in sizes.items()
         if held
     )
-    if current is None:
+    if current is None and seen.version is None:
         table.caption += ". Nothing is published yet."
+    elif all(m.id != current for m in snapshots):
+        names = "no snapshot" if current is None else f"snapshot {current}, which is gone"
+        table.caption += f". CURRENT names {names}: choose one with `ace rollback ID`."
     return table
 
 

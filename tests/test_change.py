@@ -24,7 +24,7 @@ from pipelines import cli
 from pipelines.change import add_stage, remove_stage, rollback_stage
 from pipelines.drift import UNSEEN_ERROR, Drift
 from pipelines.ingest import ingest
-from pipelines.keep import gc_stage
+from pipelines.keep import gc_stage, status_table
 from pipelines.progress import Reporter
 from pipelines.publish import commit, live_ids, part_ref, publish_stage
 from tests.corpora import write_picture
@@ -212,12 +212,15 @@ def test_a_damaged_current_is_mended_by_what_the_error_advises(
 ) -> None:
     first, quiet = str(copy.store.current().snapshot), Reporter(quiet=True)
     (Path(copy.settings.store) / "CURRENT").write_text(content)
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="`ace rollback ID`"):
         rollback_stage(copy.store, quiet)
+    named = "no snapshot" if content == "junk" else "snapshot gone"
+    assert f"CURRENT names {named}" in str(status_table(copy.store).caption)
     assert rollback_stage(copy.store, Reporter(), first).id == first == copy.store.current().snapshot
-    assert (
-        f"rolled back from {'a damaged CURRENT' if content == 'junk' else 'snapshot gone'}" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    left = "a damaged CURRENT" if content == "junk" else "snapshot gone, which is gone or damaged,"
+    assert f"rolled back from {left} to {first}" in said and "back again" not in said
+    assert "CURRENT" not in str(status_table(copy.store).caption)
     (Path(copy.settings.store) / "CURRENT").write_text(content)
     assert publish_stage(copy.settings, copy.store, quiet).id == copy.store.current().snapshot
 
@@ -228,6 +231,15 @@ def test_everything_can_be_removed_and_brought_back(copy: Copy) -> None:
     assert copy.ids() == set()
     assert Retriever.open(copy.store.mirror()).search(["anything"]) == [[]]
     assert rollback_stage(copy.store, Reporter(quiet=True)).id == first
+
+
+def test_the_snapshot_before_one_whose_own_is_gone_is_the_newest_older_one(copy: Copy) -> None:
+    quiet, first = Reporter(quiet=True), copy.store.current().snapshot
+    middle = remove_stage(copy.store, quiet, ids=["images/001.png"])
+    last = remove_stage(copy.store, quiet, ids=["images/002.png"])
+    assert last.parent == middle.id and middle.parent == first
+    copy.store.delete_part("snapshot", middle.id)
+    assert rollback_stage(copy.store, quiet).id == first
 
 
 def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
