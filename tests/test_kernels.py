@@ -12,7 +12,7 @@ from ace_core.kernels import compiled
 from ace_core.kernels.compiled import bits_end, next_bit
 from ace_core.kernels.selection import nth_largest, order_best_first
 from ace_core.scoring import Codewords, Remainders
-from ace_core.walk import Walk
+from ace_core.walk import Walk, draft_widths
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 scores = st.one_of(
@@ -88,6 +88,52 @@ def test_a_draft_of_more_items_than_it_looks_at_together(share, depth):
             np.sort(found.row[q][found.valid[q]]), np.flatnonzero(allowed & (totals >= least))
         )
         assert (np.diff(found.log_prob[q][found.valid[q]]) <= 0).all()
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+@pytest.mark.parametrize("keep", [3, 60])
+@pytest.mark.parametrize("sizes", [(3, 64, 64, 9), (2, 512, 64, 300), (2, 7, 300, 5, 5, 5, 5)])
+def test_a_draft_keeps_the_best_at_each_level(sizes, keep, share):
+    """8-bit and 16-bit tokens, by bitmaps where most tokens follow a node, with and without a filter."""
+    rng = np.random.default_rng(keep)
+    items, depth = 5000, 3
+    codes = np.stack([rng.integers(0, size, items) for size in sizes], 1).astype(np.uint16)
+    codes = codes[np.lexsort(codes.T[::-1])]
+    walk = Walk([ConstraintIndex.build(codes, sizes, depth=depth)])
+    assert (walk.present[1][0] is not None) == (sizes[1] % 64 == 0)
+    allowed = np.ones(items, bool) if share is None else rng.random(items) < share
+    log_probs = (rng.standard_normal((2, sum(sizes))) - 6).astype(np.float32)
+    found = walk.draft_items(log_probs, keep, walk.masks(None if share is None else [ItemMask.of(allowed)], 2), items)
+    for q in range(2):
+        left, totals = np.flatnonzero(allowed), np.zeros(items)
+        for level, width in enumerate(draft_widths(keep, len(sizes), depth)):
+            totals += log_probs[q, sum(sizes[:level]) + codes[:, level]].astype(np.float64)
+            if level < depth or level == len(sizes) - 1:
+                scores = np.unique(totals[left])  # no two prefixes score the same
+                left = left[totals[left] >= scores[-min(width, len(scores))]]
+        here = found.valid[q]
+        np.testing.assert_array_equal(np.sort(found.row[q][here]), left)
+        np.testing.assert_allclose(found.log_prob[q][here], np.sort(totals[left])[::-1] - log_probs[q].max().clip(0))
+
+
+def test_a_draft_of_items_that_score_the_same():
+    """Where a sample of scores says nothing, for many are those of others."""
+    rng = np.random.default_rng(0)
+    sizes, keep = (1, 4, 9, 9, 9), 50
+    codes = np.stack([rng.integers(0, size, 9000) for size in sizes], 1).astype(np.uint16)
+    codes = codes[np.lexsort(codes.T[::-1])]
+    walk = Walk([ConstraintIndex.build(codes, sizes, depth=2)])
+    log_probs = -rng.integers(1, 3, (2, sum(sizes))).astype(np.float32)
+    rows = walk.draft(log_probs, keep, walk.masks(None, 2))
+    for q in range(2):
+        identifiers = np.unique(codes, axis=0)
+        totals = log_probs[q][identifiers + np.cumsum([0, *sizes[:-1]])].sum(1)
+        np.testing.assert_array_equal(rows.score[q], np.sort(totals)[::-1][:keep])
+        tokens = rows.codes[q].astype(int)
+        assert len(np.unique(tokens, axis=0)) == keep
+        ends = [np.flatnonzero((codes == t).all(1)) for t in tokens]
+        np.testing.assert_array_equal(rows.low[q, :, 0], [e[0] for e in ends])
+        np.testing.assert_array_equal(rows.high[q, :, 0], [e[-1] + 1 for e in ends])
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300), st.data())

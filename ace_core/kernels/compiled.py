@@ -108,6 +108,19 @@ def exceeding(typingctx, address, bound):
 
 
 @intrinsic
+def copy_16_bytes(typingctx, target, source):
+    """Copy 16 bytes from one address to another."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.PointerType(ir.VectorType(ir.IntType(8), 16))
+        value = builder.load(builder.inttoptr(args[1], kind), align=1)
+        builder.store(value, builder.inttoptr(args[0], kind), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64), codegen
+
+
+@intrinsic
 def _prefetch(typingctx, address):
 
     def codegen(context, builder, signature, args):

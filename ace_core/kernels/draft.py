@@ -20,12 +20,10 @@ from ace_core.kernels.compiled import (
     TOKENS,
     WIDE,
     bit_count,
-    bits_end,
     child_at,
     compiled,
     exceeding,
     inlined,
-    next_bit,
     prefetch,
     probs_word,
     row_words,
@@ -36,32 +34,8 @@ from ace_core.kernels.compiled import (
     uint64_at,
 )
 from ace_core.kernels.items import collect_query
-from ace_core.kernels.leaves import best_items, identifier_end
+from ace_core.kernels.leaves import best_items, identifier_end, workspace
 from ace_core.kernels.selection import order_best_first
-
-_CHUNK = 16384  # items that are looked at together
-
-
-@compiled
-def _best_children(
-    tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch, order, other
-):  # fmt: skip
-    """The best ``keep`` allowed children of rows: their nodes, rows and scores. Returns how many."""
-    best = -np.inf
-    for i in range(len(table)):
-        best = max(best, table[i])
-    order_best_first(base, rows, order, other)  # so that the threshold rises at once
-    likely = likely_threshold(tokens, 1, rows, 1, low, high, base, bits, table, 0, 0, keep, score, len(score), scratch)
-    size = _children_above(
-        likely, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch,
-        order,
-    )  # fmt: skip
-    if size < keep and likely > -np.inf:
-        size = _children_above(
-            -np.inf, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score,
-            scratch, order,
-        )  # fmt: skip
-    return size
 
 
 @inlined
@@ -71,100 +45,94 @@ def _less(bound):
 
 
 @compiled
-def _children_above(
-    threshold, best, tokens, present, rows, nodes, low, high, base, bits, table, keep, node, parent, score, scratch,
-    order,
+def _present_above(
+    threshold, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
 ):  # fmt: skip
-    """:func:`_best_children` of those above a threshold."""
-    allowed = uint64_at(bits)
-    size = 0
-    address, words = np.uint64(table.ctypes.data), np.uint64(len(table) >> 6)
-    by_bitmap = present != NO_BITMAP and bits == NO_BITMAP  # under a filter few of what it compares may be left
-    for ordinal in range(rows):
-        r = order[ordinal]
+    """:func:`_best_present` of those above a threshold."""
+    best = -np.inf
+    for i in range(begin, end):
+        best = max(best, table[i])
+    size = np.int64(0)
+    address, words = np.uint64(table.ctypes.data) + np.uint64(8 * begin), np.uint64((end - begin) >> 6)
+    for r in range(rows):
         here = base[r]
         if here + best <= threshold:
-            break
-        begin = low[r]
-        if by_bitmap:
-            there = uint64_at(present + np.uint64(nodes[r]) * words * np.uint64(8))
-            child = begin
-            for word in range(words):
-                hits = exceeding(address + word * np.uint64(512), _less(threshold - here)) & there[word]  # type: ignore[call-arg]
-                while hits != np.uint64(0):
-                    lowest = hits & (~hits + np.uint64(1))
-                    i = child + bit_count(there[word] & (lowest - np.uint64(1)))
-                    node[size], parent[size] = i, r
-                    score[size] = here + table[word * np.uint64(64) + np.uint64(trailing_zeros(hits))]
-                    size += score[size] > threshold
-                    hits ^= lowest
-                    if size == len(score):
-                        size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
-                child += bit_count(there[word])
             continue
-        while begin < high[r]:
-            end = high[r]
-            if bits != NO_BITMAP:
-                begin = next_bit(allowed, begin, end)
-                end = bits_end(allowed, begin, end)
-            for i in range(np.uint64(begin), np.uint64(end)):
-                total = here + table[tokens[i]]
-                if total > threshold:
-                    node[size] = i
-                    parent[size] = r
-                    score[size] = total
-                    size += 1
-                    if size == len(score):
-                        size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
-            begin = end
+        there = uint64_at(present + np.uint64(nodes[r]) * words * np.uint64(8))
+        child = low[r]
+        for word in range(words):
+            hits = exceeding(address + word * np.uint64(512), _less(threshold - here)) & there[word]  # type: ignore[call-arg]
+            while hits != np.uint64(0):
+                lowest = hits & (~hits + np.uint64(1))
+                node[size], parent[size] = child + bit_count(there[word] & (lowest - np.uint64(1))), r
+                score[size] = here + table[np.uint64(begin) + word * np.uint64(64) + np.uint64(trailing_zeros(hits))]
+                size += score[size] > threshold
+                hits ^= lowest
+                if size == room:
+                    size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
+            child += bit_count(there[word])
     return cut_nodes(node, parent, score, size, keep, scratch)[0]
 
 
 @compiled
+def _best_present(
+    address, wide, present, rows, nodes, low, high, base, table, begin, end, keep, node, parent, score, room, scratch
+):  # fmt: skip
+    """The best ``keep`` children of rows by the bitmaps of which tokens follow them: their nodes, rows and scores.
+    Returns how many."""
+    if wide:
+        likely = likely_threshold(
+            uint16_at(address), 1, rows, 1, low, high, base, NO_BITMAP, table, begin, 0, keep, score, room, scratch
+        )  # fmt: skip
+    else:
+        likely = likely_threshold(
+            uint8_at(address), 1, rows, 1, low, high, base, NO_BITMAP, table, begin, 0, keep, score, room, scratch
+        )  # fmt: skip
+    size = _present_above(
+        likely, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
+    )  # fmt: skip
+    if size < keep and likely > -np.inf:
+        size = _present_above(
+            -np.inf, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
+        )  # fmt: skip
+    return size
+
+
+@compiled
 def _draft_query(
-    layout, plan, bits, table, node, parent, score, scratch, order, other, low, high, base, totals, done
+    layout, plan, bits, table, node, parent, score, scratch, order, other, low, high, base, work, done
 ):  # fmt: skip
     """:func:`draft` for one query. Returns the number of rows."""
-    levels, depth = len(layout), plan[0]
+    levels, depth, room = len(layout), plan[0], len(score)
     widths, offsets = plan[2 : 2 + depth], plan[2 + levels :]
     rows = np.int64(1)  # as a plain 1 it is a type of its own, for which all that is called is compiled once more
     low[0], high[0], base[0] = 0, plan[1], 0.0
     for level in range(depth):
-        address, present = np.uint64(layout[level, 0, TOKENS]), np.uint64(layout[level, 0, PRESENT])
-        above = node[max(level - 1, 0)]
-        own = table[offsets[level] : offsets[level + 1]]
-        if layout[level, 0, WIDE]:
-            rows = _best_children(
-                uint16_at(address), present, rows, above, low, high, base, bits[level, 0], own, widths[level],
-                node[level], parent[level], score, scratch, order, other,
+        address, wide, present = np.uint64(layout[level, 0, TOKENS]), layout[level, 0, WIDE], layout[level, 0, PRESENT]
+        if present != 0 and bits[level, 0] == NO_BITMAP:  # under a filter few of what it compares may be left
+            rows = _best_present(
+                address, wide, np.uint64(present), rows, node[level - 1], low, high, base, table, offsets[level],
+                offsets[level + 1], widths[level], node[level], parent[level], score, room, scratch,
             )  # fmt: skip
         else:
-            rows = _best_children(
-                uint8_at(address), present, rows, above, low, high, base, bits[level, 0], own, widths[level],
-                node[level], parent[level], score, scratch, order, other,
+            rows = best_items(
+                address, wide, np.int64(1), rows, low, high, base, bits[level, 0], table, offsets[level:],
+                widths[level], node[level], parent[level], score, room, scratch, work,
             )  # fmt: skip
         following = np.uint64(layout[level + 1, 0, TOKENS])
-        step = np.uint64(layout[level + 1, 0, STRIDE] * (2 if layout[level + 1, 0, WIDE] else 1))
+        step = np.uint64(layout[level + 1, 0, STRIDE] << layout[level + 1, 0, WIDE])
         for r in range(rows):
             begin, end = child_at(layout, level, 0, node[level, r]), child_at(layout, level, 0, node[level, r] + 1)
             low[r], high[r], base[r] = begin, end, score[r]
             line = following + np.uint64(begin) * step
             prefetch(line)
-            if np.uint64(end - begin) * step > np.uint64(48):
-                prefetch(line + np.uint64(64))
+            prefetch(line + max(np.uint64(64), np.uint64(16) * step) - np.uint64(1))
     address, stride, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, STRIDE], layout[depth, 0, WIDE]
     keep = len(done)
-    room = min(4 * keep + 256, len(score))
-    if wide:
-        size = best_items(
-            uint16_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], totals, scratch,
-        )  # fmt: skip
-    else:
-        size = best_items(
-            uint8_at(address), stride, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
-            node[depth], parent[depth], score[:room], totals, scratch,
-        )  # fmt: skip
+    size = best_items(
+        address, wide, levels - depth, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
+        node[depth], parent[depth], score, min(4 * keep + 256, room), scratch, work,
+    )  # fmt: skip
     order_best_first(score, size, order, other)
     reals, codes, probs = done.view(np.float64), done.view(np.uint16), done.view(np.float32)
     prob_at = 2 * probs_word(1, levels)
@@ -173,10 +141,7 @@ def _draft_query(
         item, r = node[depth, slot], parent[depth, slot]
         reals[at, SCORE] = score[slot]
         done[at, PARENT], done[at, LOW] = r, item
-        if wide:
-            done[at, LOW + 1] = identifier_end(uint16_at(address), stride, levels - depth, item, high[r])
-        else:
-            done[at, LOW + 1] = identifier_end(uint8_at(address), stride, levels - depth, item, high[r])
+        done[at, LOW + 1] = identifier_end(address, np.uint64(stride << wide), item, high[r])
         low[at], order[at] = item, r  # from here on the node and the row of each level in turn
     for level in range(levels - 1, -1, -1):
         if level < depth:
@@ -211,7 +176,9 @@ def draft(layout, plan, bits, log_probs, done, done_live):
     score, scratch = np.empty(room), np.empty(room)
     order, other = np.empty(room, np.int64), np.empty(room, np.int64)
     low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
-    table, totals = np.empty(plan[2 + 2 * levels]), np.empty(_CHUNK + 64)
+    table = np.empty(plan[2 + 2 * levels])
+    held = workspace(np.uint64(2 * levels))
+    work = np.uint64(held.ctypes.data)
     for q in range(len(done)):
         largest = np.float64(0)
         for i in range(len(table)):
@@ -220,7 +187,7 @@ def draft(layout, plan, bits, log_probs, done, done_live):
             table[i] = np.float64(log_probs[q, i]) - largest
         done_live[q] = _draft_query(
             layout, plan, bits[q % bits.shape[0]], table, node, parent, score, scratch, order, other, low, high, base,
-            totals, done[q],
+            work, done[q],
         )  # fmt: skip
 
 
