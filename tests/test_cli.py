@@ -7,8 +7,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from ace_core.errors import AceError, MediaError, QualityError, QueryError
@@ -16,6 +18,7 @@ from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import cli
 from pipelines.cluster import reraise
+from pipelines.commands import build
 from pipelines.describe import describe_settings
 from pipelines.search import Answer, parse_filters
 
@@ -46,6 +49,12 @@ def test_help_is_fast_and_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
     assert min(times) < 3  # seconds of processor time, also where others take most of it
+
+
+def test_the_commands_are_listed_in_the_order_of_use() -> None:
+    command: Any = typer.main.get_command(cli.app)
+    order = "ingest caption fit publish add remove rollback status gc search evaluate serve demo settings"
+    assert " ".join(command.list_commands(None)) == order
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "fit aligner", "fit quantizer", "fit generator", "fit all"])
@@ -190,7 +199,7 @@ def test_an_unexpected_failure_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "context_of", broken)
+    monkeypatch.setattr(build, "context_of", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["publish"])
 
@@ -199,7 +208,7 @@ def test_stopping_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypa
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "context_of", stopped)
+    monkeypatch.setattr(build, "context_of", stopped)
     code, _, err = _run(capsys, "publish")
     assert code == 130 and "goes on from here" in err
 
