@@ -37,6 +37,8 @@ from ace_core.kernels.items import collect_query
 from ace_core.kernels.leaves import best_items, identifier_end, workspace
 from ace_core.kernels.selection import order_best_first
 
+_DENSE = 4  # a filter that allows one child of fewer is asked after the scores are compared
+
 
 @inlined
 def _less(bound):
@@ -44,9 +46,24 @@ def _less(bound):
     return bound - 1e-12 * (1.0 + abs(bound))
 
 
+@inlined
+def _bit_at(bits, node):
+    """Is a node's bit set in the bitmap at an address?"""
+    return (uint64_at(bits)[np.uint64(node) >> np.uint64(6)] >> (np.uint64(node) & np.uint64(63))) & np.uint64(1) != 0
+
+
+@inlined
+def _many_allowed(bits, rows, low):
+    """Does a filter allow so many of rows' children that what passes is worth comparing before it is asked?"""
+    allowed = np.int64(0)
+    for r in range(rows):
+        allowed += bit_count(uint64_at(bits)[np.uint64(low[r]) >> np.uint64(6)])  # type: ignore[call-arg]
+    return allowed * _DENSE > 64 * rows
+
+
 @compiled
 def _present_above(
-    threshold, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
+    threshold, present, rows, nodes, low, base, bits, table, begin, end, keep, node, parent, score, room, scratch
 ):  # fmt: skip
     """:func:`_best_present` of those above a threshold."""
     best = -np.inf
@@ -66,7 +83,10 @@ def _present_above(
                 lowest = hits & (~hits + np.uint64(1))
                 node[size], parent[size] = child + bit_count(there[word] & (lowest - np.uint64(1))), r
                 score[size] = here + table[np.uint64(begin) + word * np.uint64(64) + np.uint64(trailing_zeros(hits))]
-                size += score[size] > threshold
+                passes = score[size] > threshold
+                if bits != NO_BITMAP:
+                    passes &= _bit_at(bits, node[size])
+                size += passes
                 hits ^= lowest
                 if size == room:
                     size, threshold = cut_nodes(node, parent, score, size, keep, scratch)
@@ -76,24 +96,25 @@ def _present_above(
 
 @compiled
 def _best_present(
-    address, wide, present, rows, nodes, low, high, base, table, begin, end, keep, node, parent, score, room, scratch
+    address, wide, present, rows, nodes, low, high, base, bits, table, begin, end, keep, node, parent, score, room,
+    scratch,
 ):  # fmt: skip
     """The best ``keep`` children of rows by the bitmaps of which tokens follow them: their nodes, rows and scores.
     Returns how many."""
     if wide:
         likely = likely_threshold(
-            uint16_at(address), 1, rows, 1, low, high, base, NO_BITMAP, table, begin, 0, keep, score, room, scratch
+            uint16_at(address), 1, rows, 1, low, high, base, bits, table, begin, 0, keep, score, room, scratch
         )  # fmt: skip
     else:
         likely = likely_threshold(
-            uint8_at(address), 1, rows, 1, low, high, base, NO_BITMAP, table, begin, 0, keep, score, room, scratch
+            uint8_at(address), 1, rows, 1, low, high, base, bits, table, begin, 0, keep, score, room, scratch
         )  # fmt: skip
     size = _present_above(
-        likely, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
+        likely, present, rows, nodes, low, base, bits, table, begin, end, keep, node, parent, score, room, scratch
     )  # fmt: skip
     if size < keep and likely > -np.inf:
         size = _present_above(
-            -np.inf, present, rows, nodes, low, base, table, begin, end, keep, node, parent, score, room, scratch
+            -np.inf, present, rows, nodes, low, base, bits, table, begin, end, keep, node, parent, score, room, scratch
         )  # fmt: skip
     return size
 
@@ -109,14 +130,15 @@ def _draft_query(
     low[0], high[0], base[0] = 0, plan[1], 0.0
     for level in range(depth):
         address, wide, present = np.uint64(layout[level, 0, TOKENS]), layout[level, 0, WIDE], layout[level, 0, PRESENT]
-        if present != 0 and bits[level, 0] == NO_BITMAP:  # under a filter few of what it compares may be left
+        own_bits = bits[level, 0]
+        if present != 0 and (own_bits == NO_BITMAP or _many_allowed(own_bits, rows, low)):
             rows = _best_present(
-                address, wide, np.uint64(present), rows, node[level - 1], low, high, base, table, offsets[level],
-                offsets[level + 1], widths[level], node[level], parent[level], score, room, scratch,
+                address, wide, np.uint64(present), rows, node[level - 1], low, high, base, own_bits, table,
+                offsets[level], offsets[level + 1], widths[level], node[level], parent[level], score, room, scratch,
             )  # fmt: skip
         else:
             rows = best_items(
-                address, wide, np.int64(1), rows, low, high, base, bits[level, 0], table, offsets[level:],
+                address, wide, np.int64(1), rows, low, high, base, own_bits, table, offsets[level:],
                 widths[level], node[level], parent[level], score, room, scratch, work,
             )  # fmt: skip
         following = np.uint64(layout[level + 1, 0, TOKENS])
@@ -126,6 +148,8 @@ def _draft_query(
             low[r], high[r], base[r] = begin, end, score[r]
             line = following + np.uint64(begin) * step
             prefetch(line)
+            if bits[level + 1, 0] != NO_BITMAP:
+                prefetch(bits[level + 1, 0] + (np.uint64(begin) >> np.uint64(3)))
             prefetch(line + max(np.uint64(64), np.uint64(16) * step) - np.uint64(1))
     address, stride, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, STRIDE], layout[depth, 0, WIDE]
     keep = len(done)

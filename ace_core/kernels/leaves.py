@@ -12,14 +12,12 @@ import numpy as np
 from ace_core.kernels.children import cut_nodes
 from ace_core.kernels.compiled import (
     NO_BITMAP,
-    bits_end,
     compiled,
     copy_16_bytes,
     exceeding,
     float64_at,
     inlined,
     int64_at,
-    next_bit,
     trailing_zeros,
     uint8_at,
     uint16_at,
@@ -82,41 +80,41 @@ def _drop_repeats(tokens, bytes_each, node, parent, score, size):
 
 
 @inlined
-def _lay_out(tokens, bytes_each, bits, row, item, rows, low, high, base, last, work):
-    """Lay out the allowed items of rows from one row's item on, while there is room.
+def _copy(tokens, bytes_each, item, end, last, lines, position, step):
+    """Copy the tokens of items up to ``end``, or of ``step`` items where so many exist."""
+    source, target = tokens + np.uint64(item) * bytes_each, lines + position * bytes_each
+    if item + np.int64(_STEP) <= last:
+        for at in range(np.uint64(0), step * bytes_each, np.uint64(16)):
+            copy_16_bytes(target + at, source + at)  # type: ignore[call-arg]
+    else:
+        for at in range(np.uint64(end - item) * bytes_each):
+            uint8_at(target)[at] = uint8_at(source)[at]
+
+
+@inlined
+def _lay_out(tokens, bytes_each, row, item, rows, low, high, base, last, work):
+    """Lay out the items of rows from one row's item on, while there is room.
 
     last: end of the rows' last item, beyond which there may be none. Returns the next row and item, and how many lie
     there, each with its row's score.
     """
-    sums, run_of, runs = float64_at(work), uint16_at(work + _RUN_OF), int64_at(work + _RUNS)
-    lines, allowed = work + _LINES, uint64_at(bits)
+    sums, run_of, runs, lines = float64_at(work), uint16_at(work + _RUN_OF), int64_at(work + _RUNS), work + _LINES
     filled = run = np.uint64(0)
     while row < rows:
         here, end = base[row], high[row]
-        while item < end and filled < _CHUNK:
-            stop = end
-            if bits != NO_BITMAP:
-                item = next_bit(allowed, item, end)
-                stop = bits_end(allowed, item, end)
-            stop = min(stop, item + np.int64(_CHUNK - filled))
-            runs[2 * run], runs[2 * run + _ONE] = row, item - np.int64(filled)
-            own = run
-            run += np.uint64(item < stop)
-            while item < stop:
-                source, target = tokens + np.uint64(item) * bytes_each, lines + filled * bytes_each
-                if item + np.int64(_STEP) <= last:
-                    for at in range(np.uint64(0), _STEP * bytes_each, np.uint64(16)):
-                        copy_16_bytes(target + at, source + at)  # type: ignore[call-arg]
-                else:
-                    for at in range(np.uint64(stop - item) * bytes_each):
-                        uint8_at(target)[at] = uint8_at(source)[at]
-                for at in range(_STEP):
-                    sums[filled + at] = here
-                for at in range(_STEP):
-                    run_of[filled + at] = own
-                taken = min(np.int64(_STEP), stop - item)
-                item += taken
-                filled += np.uint64(taken)
+        stop = min(end, item + np.int64(_CHUNK - filled))
+        runs[2 * run], runs[2 * run + _ONE] = row, item - np.int64(filled)
+        own = run
+        run += np.uint64(item < stop)
+        while item < stop:
+            _copy(tokens, bytes_each, item, stop, last, lines, filled, _STEP)
+            for at in range(_STEP):
+                sums[filled + at] = here
+            for at in range(_STEP):
+                run_of[filled + at] = own
+            taken = min(np.int64(_STEP), stop - item)
+            item += taken
+            filled += np.uint64(taken)
         if item < end:
             break
         row += 1
@@ -125,6 +123,33 @@ def _lay_out(tokens, bytes_each, bits, row, item, rows, low, high, base, last, w
 
 
 @inlined
+def _lay_out_allowed(tokens, bytes_each, bits, row, item, rows, low, high, base, last, work):
+    """:func:`_lay_out` of those that a filter allows, one by one."""
+    sums, run_of, runs, lines = float64_at(work), uint16_at(work + _RUN_OF), int64_at(work + _RUNS), work + _LINES
+    allowed = uint64_at(bits)
+    filled = np.uint64(0)
+    while row < rows:
+        here, end = base[row], high[row]
+        while item < end and filled <= _CHUNK - np.uint64(64):
+            stop = min((item | 63) + 1, end)
+            left = allowed[np.uint64(item) >> np.uint64(6)] >> (np.uint64(item) & np.uint64(63))
+            left &= ~np.uint64(0) >> np.uint64(64 - (stop - item))
+            while left != np.uint64(0):
+                one = item + trailing_zeros(left)
+                left &= left - _ONE
+                _copy(tokens, bytes_each, one, one + 1, last, lines, filled, _ONE)
+                sums[filled], run_of[filled] = here, filled
+                runs[2 * filled], runs[2 * filled + _ONE] = row, one - np.int64(filled)
+                filled += _ONE
+            item = stop
+        if item < end:
+            break
+        row += 1
+        item = low[row] if row < rows else 0
+    return row, item, filled
+
+
+@compiled
 def _sum_up(lines, count, filled, table, offsets, sums):
     """Add to each item's score those of its ``count`` tokens, three of them, or what is left, at a time."""
     every = np.uint64(count)
@@ -198,7 +223,12 @@ def best_items(
             if whole:
                 row = rows
             else:
-                row, item, filled = _lay_out(tokens, bytes_each, bits, row, item, rows, low, high, base, last, work)
+                if bits == NO_BITMAP:
+                    row, item, filled = _lay_out(tokens, bytes_each, row, item, rows, low, high, base, last, work)
+                else:
+                    row, item, filled = _lay_out_allowed(
+                        tokens, bytes_each, bits, row, item, rows, low, high, base, last, work
+                    )  # fmt: skip
                 if wide:
                     _sum_up(uint16_at(lines), count, filled, table, offsets, sums)
                 else:
