@@ -36,8 +36,10 @@ ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
 
-FORMAT = 2
-"""Of a segment's files: the first stored whole 8-bit vectors, the second what identifiers leave of them."""
+FORMAT = 3
+"""Of a segment's files: the first stored whole 8-bit vectors, the second what the codewords as fitted leave of them,
+the third what the codewords in 8 bits do. The second is read like the third: there, until it is published again, a
+similarity is off by the rounding of the item's codewords (see :class:`ace_core.scoring.Codewords`)."""
 
 LOOKUPS = ("item_id", "content_hash")
 """Columns that rows are found by."""
@@ -91,7 +93,9 @@ class Segment:
         verify_files(folder, self.manifest, hashes=verify)
         if "vectors.safetensors" in self.manifest.files:
             raise StoreError(
-                f"a segment of format 1 (this ACE reads {FORMAT})", where=folder, remedy="Run `ace publish` again."
+                f"a segment of format 1 (this ACE reads 2 and {FORMAT})",
+                where=folder,
+                remedy="Run `ace publish` again.",
             )
         stored: Remainders | None = None
         if "remainders.safetensors" in self.manifest.files:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ace_core.arrays import map_arrays, save_arrays
 from ace_core.identifiers import sort_order
+from ace_core.scoring import Codewords
 
 _CHUNK = 50_000
 
@@ -80,11 +81,10 @@ class Codes:
 
     def left(self, x: np.ndarray) -> np.ndarray:
         """(items, D) float32: what the identifiers leave of items' vectors, by row."""
-        left = x[self.order]
+        left, words = x[self.order], Codewords(self.codewords)
         for begin in range(0, len(left), _CHUNK):
             rows = slice(begin, begin + _CHUNK)
-            for level, table in enumerate(self.codewords):
-                left[rows] -= table[self.codes[rows, level]]
+            left[rows] -= words.rebuilt(self.codes[rows])
         return left
 
     def tables(self, queries: np.ndarray, scale: float = 50.0) -> list[np.ndarray]:

@@ -38,30 +38,71 @@ def test_best_first_is_a_stable_sort(values):
     assert order.tolist() == np.argsort(-array, kind="stable").tolist()
 
 
-@pytest.mark.parametrize("dim", [1, 7, 64, 257])
-def test_products_of_chosen_rows_are_added(dim):
+def in_integers(queries, steps, scales):
+    """Products (n, m) float32 as the kernels define them, and how far they may be from those of the queries."""
+    top = min(32767, (2**31 - 1) // (128 * queries.shape[1]))
+    largest = np.maximum(np.abs(queries).max(1), np.float32(1e-30))
+    integers = np.rint(queries * (np.float32(top) / largest)[:, None]).astype(np.int64)
+    sums = integers @ steps.T.astype(np.int64)
+    assert np.abs(sums).max() < 2**31
+    factors = (largest / np.float32(top))[:, None]
+    most = factors / 2 * np.abs(steps * scales[:, None]).sum(1)
+    return sums.astype(np.float32) * (factors * scales), most + 1e-6 * np.linalg.norm(queries, axis=1)[:, None]
+
+
+def extreme(queries, steps):
+    """Such that all products have the same sign and are as large as they get: the sums are the largest of all."""
+    return np.sign(queries).astype(np.float32), np.where(steps < 0, -128, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("dim", [1, 7, 40, 64, 257, 512, 4096])
+def test_products_of_chosen_rows_are_added(dim, largest):
     rng = np.random.default_rng(dim)
     stored = Remainders.of(rng.standard_normal((50, dim)).astype(np.float32))
     queries = rng.standard_normal((3, dim)).astype(np.float32)
-    rows = rng.integers(0, 50, (3, 9))
-    chosen = rng.random((3, 9)) < 0.7
-    out = np.full((3, 9), 7.0, np.float32)
-    stored.add_products(queries, rows, chosen, out)
-    exact = np.einsum("nd,ncd->nc", queries.astype(np.float64), stored.rows(rows.ravel()).reshape(3, 9, dim))
-    np.testing.assert_allclose(out, np.where(chosen, 7.0 + exact, 7.0), rtol=1e-5, atol=1e-5)
+    if largest:
+        queries, steps = extreme(queries, stored.steps)
+        steps[:3] = np.where(queries < 0, -128, 127)
+        stored = Remainders(steps, stored.scales)
+    queries = np.concatenate([queries, np.zeros((1, dim), np.float32)])
+    rows = rng.integers(0, 50, (4, 30))
+    rows[:, :3] = range(3)
+    chosen = rng.random((4, 30)) < 0.7
+    out = np.full((4, 30), 7.0, np.float32)
+    stored.add_products(queries, np.where(chosen, rows, 2**40), chosen, out)  # what is not chosen is not looked at
+    exact, error = (np.take_along_axis(part, rows, 1) for part in in_integers(queries, stored.steps, stored.scales))
+    np.testing.assert_array_equal(out, np.where(chosen, np.float32(7.0) + exact, 7.0))
+    true = np.einsum("nd,ncd->nc", queries.astype(np.float64), stored.rows(rows.ravel()).reshape(4, 30, dim))
+    assert (np.abs(exact - true) <= error).all() and not exact[3].any()
 
 
-def test_products_with_short_codewords():
-    rng = np.random.default_rng(0)
-    tables = [rng.standard_normal((m, 65)).astype(np.float32) for m in (1, 7, 30)]
-    queries = rng.standard_normal((5, 65)).astype(np.float32)
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("dim", [1, 65, 384, 4096])
+def test_products_with_codewords(dim, largest):
+    rng = np.random.default_rng(dim)
+    tables = [rng.standard_normal((m, dim)).astype(np.float32) for m in (1, 7, 30)]
+    queries = rng.standard_normal((4, dim)).astype(np.float32)
+    if largest:
+        queries, tables = np.sign(queries), [np.sign(table) for table in tables]
+        tables[1][:4] = queries
+    queries = np.concatenate([queries, np.zeros((1, dim), np.float32)])
     codewords, words = Codewords(tables), np.concatenate(tables)
+    rounded = np.concatenate(codewords.tables)
+    scales = np.abs(words).max(1) / np.float32(127)
+    assert [len(table) for table in codewords.tables] == [1, 7, 30]
+    assert (np.abs(rounded - words) <= scales[:, None] / 2 * (1 + 1e-5)).all()
     found = codewords.products(queries)
-    bound = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(words, axis=1) * (65**0.5 / 65534)
-    assert (np.abs(found - queries @ words.T) <= bound + 1e-5).all()
-    assert np.abs(found - queries @ words.T).max() > 0
-    for q in range(5):
-        assert (codewords.products(queries[q : q + 1]) == found[q]).all()
+    exact, error = in_integers(queries, np.rint(rounded / scales[:, None]), scales)
+    np.testing.assert_array_equal(found, exact)
+    assert (np.abs(found - queries.astype(np.float64) @ rounded.T) <= error).all() and not found[4].any()
+    bound = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(words, axis=1) * (dim**0.5 / 254)
+    assert (np.abs(found - queries @ words.T) <= bound + error).all()
+    for alone in (slice(q, q + 1) for q in range(5)):
+        np.testing.assert_array_equal(codewords.products(queries[alone]), found[alone])
+    np.testing.assert_array_equal(codewords.products(queries[1:4]), found[1:4])  # beside others
+    again = Codewords(codewords.tables)
+    np.testing.assert_allclose(np.concatenate(again.tables), rounded, rtol=1e-6)
 
 
 def test_compiled_again_when_any_file_of_the_kernels_changes():

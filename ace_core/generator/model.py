@@ -180,7 +180,7 @@ class Generator(nn.Module):
         return self.one_shot_of(vector)
 
     def one_shot_of(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """:meth:`one_shot` of refined queries (n, D); without gradients and on a CPU in 16-bit codewords."""
+        """:meth:`one_shot` of refined queries (n, D); without gradients and on a CPU in 8-bit codewords."""
         if vector.device.type == "cpu" and not torch.is_grad_enabled():
             products = torch.from_numpy(self._short_codewords.products(vector.float().contiguous().numpy()))
         else:

@@ -37,7 +37,8 @@ class Quantizer:
         coarse: (K, D), K-Means centroids in the metric's space.
         encoder: (D, d), the RQ-VAE's encoder, from what is left after the centroid to the latent space.
         latents: M arrays (V, d), the RQ-VAE's codebooks.
-        codebooks: 1 + M arrays (V_l, D): the codewords of the levels after the modality, in the shared space.
+        codebooks: 1 + M arrays (V_l, D): the codewords of the levels after the modality, in the shared space, as they
+            were fitted.
     """
 
     modality_means: np.ndarray
@@ -62,13 +63,13 @@ class Quantizer:
         return (len(MODALITIES), *(len(c) for c in self.codebooks))
 
     def codewords(self, level: int) -> np.ndarray:
-        """(V_l, D) codewords of one level; level 0 gives the modality means."""
-        return self.modality_means if level == 0 else self.codebooks[level - 1]
+        """(V_l, D) codewords of one level, in 8 bits as they are used everywhere; level 0 gives the modality means."""
+        return self.short_codewords.tables[level]
 
     @cached_property
     def short_codewords(self) -> Codewords:
-        """All levels' codewords, the modality's first, to be multiplied with queries."""
-        return Codewords([self.codewords(level) for level in range(self.levels)])
+        """All levels' codewords, the modality's first: what identifiers stand for, to be multiplied with queries."""
+        return Codewords([self.modality_means, *self.codebooks])
 
     @cached_property
     def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -111,10 +112,7 @@ class Quantizer:
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
         """Identifiers (n, levels) -> rebuilt item vectors (n, D) float32, not normalised."""
-        out = self.modality_means[codes[:, 0]].astype(np.float32)
-        for level in range(1, self.levels):
-            out += self.codebooks[level - 1][codes[:, level]]
-        return out
+        return self.short_codewords.rebuilt(codes)
 
     def health(self, codes: np.ndarray, x: np.ndarray) -> CodebookHealth:
         """How well the codebooks are used by these items and how near the rebuilt items are."""
