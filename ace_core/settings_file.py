@@ -18,6 +18,7 @@ from ace_core.config import EncoderSettings, Settings
 from ace_core.errors import SettingsError
 
 Override = Annotated[str, "section.key=value"]
+_SHOWN = "`ace settings` prints every setting as it is written, with what it does."
 
 
 def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()) -> Settings:
@@ -35,24 +36,25 @@ def load_settings(path: Path | None = None, overrides: tuple[Override, ...] = ()
                 "the settings file does not exist", where=path, remedy="Check --config, or leave it out for defaults."
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise SettingsError(f"the settings file is not YAML: {e}", where=path) from None
+            raise SettingsError(f"the settings file is not YAML: {e}", where=path, remedy=_SHOWN) from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise SettingsError("the settings file is not a mapping", where=path)
+            raise SettingsError("the settings file is not a mapping", where=path, remedy=_SHOWN)
         raw = loaded or {}
     for override in overrides:
         key, eq, value = override.partition("=")
         if not eq:
-            raise SettingsError(f"{override!r} is not section.key=value", where="--set")
+            raise SettingsError(f"{override!r} is not section.key=value", where="--set", remedy=_SHOWN)
         *sections, leaf = key.strip().split(".")
         node = raw
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise SettingsError(f"{section!r} is not a section", where=f"--set {override}")
+                raise SettingsError(f"{section!r} is not a section", where=f"--set {override}", remedy=_SHOWN)
         try:
             node[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as e:
-            raise SettingsError(f"the value is not YAML: {e}", where=f"--set {override}") from None
+            remedy = "Put quotes around a text: --set 'section.key=\"...\"'."
+            raise SettingsError(f"the value is not YAML: {e}", where=f"--set {override}", remedy=remedy) from None
     try:
         return _absolute(Settings.model_validate(_over(Settings().model_dump(), raw)))
     except ValidationError as e:
@@ -115,7 +117,8 @@ def _readable(error: ValidationError, path: Path | None, overrides: tuple[Overri
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.75)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
         return SettingsError(f"unknown setting {location!r}", where=where, remedy=hint)
-    return SettingsError(f"{location}: {message} (found {first['input']!r})" if location else message, where=where)
+    found = f"{location}: {message} (found {first['input']!r})" if location else message
+    return SettingsError(found, where=where, remedy=_SHOWN)
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -274,7 +274,9 @@ class Store(Files):
         """
         snapshot_id = self.current().snapshot
         if snapshot_id is None:
-            raise StoreError("nothing has been published here", where=self.uri, remedy="Run `ace publish` first.")
+            raise StoreError(
+                "nothing has been published here", where=self.uri, remedy="Run `ace publish` first, or check --store."
+            )
         return snapshot_id
 
     def move_current(self, snapshot_id: str, seen: Current) -> bool:

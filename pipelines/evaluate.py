@@ -140,7 +140,7 @@ def query_kinds(store: Store, snapshot: SnapshotManifest, corpus: Corpus, settin
         raise CorpusError(
             "no caption was kept out of training, so there is nothing to ask",
             where=f"split.{settings.split.attribute}",
-            remedy="Give items two captions or more, or a split attribute (train, val, test).",
+            remedy="Give items two captions, or a split attribute (train, val, test); then run all stages again.",
         )
     return kinds
 

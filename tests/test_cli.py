@@ -80,6 +80,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], comma
         (["fit", "generator"], 5, "ace fit quantizer"),
         (["publish"], 5, "ace ingest"),
         (["search", "x"], 5, "ace publish"),
+        (["search", "x", "--store", "mistyped"], 5, "or check --store"),
         (["search", "two", "words", "-k", "3"], 5, "ace publish"),
         (["status", "--store", "/dev/null/store"], 5, "nothing in this store"),
         (["gc", "--store", "/dev/null/store"], 5, "nothing in this store"),

@@ -76,7 +76,7 @@ def test_empty_file_is_defaults(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_by_name(override: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says) as failure:
         load_settings(None, (override,))
-    assert failure.value.exit_code == 2
+    assert failure.value.exit_code == 2 and failure.value.remedy
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -84,8 +84,9 @@ def test_bad_files(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.yaml")
     for text, says in {"- a list": "not a mapping", "a: [": "not YAML"}.items():
         (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(SettingsError, match=says):
+        with pytest.raises(SettingsError, match=says) as failure:
             load_settings(tmp_path / "bad.yaml")
+        assert "`ace settings`" in failure.value.remedy
 
 
 def test_an_error_is_located_where_the_value_was_given(tmp_path: Path) -> None:
