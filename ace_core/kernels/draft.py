@@ -23,17 +23,17 @@ from ace_core.kernels.compiled import (
     child_at,
     compiled,
     exceeding,
+    float32_at,
     inlined,
     prefetch,
     probs_word,
-    row_words,
     token_at,
     trailing_zeros,
     uint8_at,
     uint16_at,
     uint64_at,
 )
-from ace_core.kernels.items import collect_query
+from ace_core.kernels.items import blank_from
 from ace_core.kernels.leaves import best_items, identifier_end, workspace
 from ace_core.kernels.selection import order_best_first
 
@@ -121,10 +121,15 @@ def _best_present(
 
 @compiled
 def _draft_query(
-    layout, plan, bits, table, node, parent, score, scratch, order, other, low, high, base, work, done
+    layout, plan, keep, bits, log_probs, table, node, parent, score, scratch, order, other, low, high, base, work
 ):  # fmt: skip
-    """:func:`draft` for one query. Returns the number of rows."""
+    """The nodes and rows of :func:`draft` for one query, at each level, and the order of the last. Returns how many."""
     levels, depth, room = len(layout), plan[0], len(score)
+    largest = np.float64(0)
+    for i in range(len(table)):
+        largest = max(largest, np.float64(log_probs[i]))
+    for i in range(len(table)):
+        table[i] = np.float64(log_probs[i]) - largest
     widths, offsets = plan[2 : 2 + depth], plan[2 + levels :]
     rows = np.int64(1)  # as a plain 1 it is a type of its own, for which all that is called is compiled once more
     low[0], high[0], base[0] = 0, plan[1], 0.0
@@ -151,33 +156,42 @@ def _draft_query(
             if bits[level + 1, 0] != NO_BITMAP:
                 prefetch(bits[level + 1, 0] + (np.uint64(begin) >> np.uint64(3)))
             prefetch(line + max(np.uint64(64), np.uint64(16) * step) - np.uint64(1))
-    address, stride, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, STRIDE], layout[depth, 0, WIDE]
-    keep = len(done)
+    address, wide = np.uint64(layout[depth, 0, TOKENS]), layout[depth, 0, WIDE]
     size = best_items(
         address, wide, levels - depth, rows, low, high, base, bits[levels - 1, 0], table, offsets[depth:], keep,
         node[depth], parent[depth], score, min(4 * keep + 256, room), scratch, work,
     )  # fmt: skip
     order_best_first(score, size, order, other)
-    reals, codes, probs = done.view(np.float64), done.view(np.uint16), done.view(np.float32)
-    prob_at = 2 * probs_word(1, levels)
-    for at in range(size):
-        slot = order[at]
-        item, r = node[depth, slot], parent[depth, slot]
-        reals[at, SCORE] = score[slot]
-        done[at, PARENT], done[at, LOW] = r, item
-        done[at, LOW + 1] = identifier_end(address, np.uint64(stride << wide), item, high[r])
-        low[at], order[at] = item, r  # from here on the node and the row of each level in turn
-    for level in range(levels - 1, -1, -1):
-        if level < depth:
-            for at in range(size):
-                low[at], order[at] = node[level, order[at]], parent[level, order[at]]
-        own = table[offsets[level] :]
-        for at in range(size):
-            token = token_at(layout, level, 0, low[at])
-            codes[at, 4 * (LOW + 2) + level] = token
-            probs[at, prob_at + level] = own[token]
-    done[size:] = 0
     return size
+
+
+@inlined
+def _spell(layout, depth, offsets, table, node, parent, slot, codes, probs):
+    """Write the tokens of an identifier, and their log-probabilities, to two addresses."""
+    code_at, prob_at = uint16_at(codes), float32_at(probs)
+    own, above = node[depth, slot], parent[depth, slot]
+    for level in range(len(layout) - 1, -1, -1):
+        if level < depth:
+            own, above = node[level, above], parent[level, above]
+        token = token_at(layout, level, 0, own)
+        code_at[level] = token
+        prob_at[level] = table[offsets[level] + token]
+
+
+@inlined
+def _room(layout, plan, keep):
+    """Arrays for :func:`_draft_query`, from ``table`` on; the last holds what ``work`` is the address of."""
+    levels, depth = len(layout), plan[0]
+    most = keep
+    for level in range(depth):
+        most = max(most, plan[2 + level])
+    room = 2 * most + 256
+    node, parent = np.empty((depth + 1, room), np.int64), np.empty((depth + 1, room), np.int64)
+    score, scratch = np.empty(room), np.empty(room)
+    order, other = np.empty(room, np.int64), np.empty(room, np.int64)
+    low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
+    table = np.empty(plan[2 + 2 * levels])
+    return table, node, parent, score, scratch, order, other, low, high, base, workspace(np.uint64(2 * levels))
 
 
 @compiled
@@ -191,41 +205,60 @@ def draft(layout, plan, bits, log_probs, done, done_live):
         plan: (2 + L + L + 1,) int64: depth, the number of levels with pointers; how many nodes the first level has;
             prefixes kept at each level; where each level's tokens begin in ``log_probs``, and where the last ends.
     """
-    levels, depth = len(layout), plan[0]
-    most = done.shape[1]
-    for level in range(depth):
-        most = max(most, plan[2 + level])
-    room = 2 * most + 256
-    node, parent = np.empty((depth + 1, room), np.int64), np.empty((depth + 1, room), np.int64)
-    score, scratch = np.empty(room), np.empty(room)
-    order, other = np.empty(room, np.int64), np.empty(room, np.int64)
-    low, high, base = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)
-    table = np.empty(plan[2 + 2 * levels])
-    held = workspace(np.uint64(2 * levels))
-    work = np.uint64(held.ctypes.data)
+    levels, depth, keep = len(layout), plan[0], np.int64(done.shape[1])
+    offsets, tail = plan[2 + levels :], layout[depth, 0]
+    table, node, parent, score, scratch, order, other, low, high, base, held = _room(layout, plan, keep)
+    reals = done.view(np.float64)
     for q in range(len(done)):
-        largest = np.float64(0)
-        for i in range(len(table)):
-            largest = max(largest, np.float64(log_probs[q, i]))
-        for i in range(len(table)):
-            table[i] = np.float64(log_probs[q, i]) - largest
-        done_live[q] = _draft_query(
-            layout, plan, bits[q % bits.shape[0]], table, node, parent, score, scratch, order, other, low, high, base,
-            work, done[q],
+        size = _draft_query(
+            layout, plan, keep, bits[q % bits.shape[0]], log_probs[q], table, node, parent, score, scratch, order,
+            other, low, high, base, np.uint64(held.ctypes.data),
         )  # fmt: skip
+        done_live[q] = size
+        for at in range(size):
+            slot, row = order[at], np.uint64(done.ctypes.data) + np.uint64(8 * (q * keep + at) * done.shape[2])
+            item, r = node[depth, slot], parent[depth, slot]
+            reals[q, at, SCORE], done[q, at, PARENT], done[q, at, LOW] = score[slot], r, item
+            done[q, at, LOW + 1] = identifier_end(
+                np.uint64(tail[TOKENS]), np.uint64(tail[STRIDE] << tail[WIDE]), item, high[r]
+            )
+            _spell(
+                layout, depth, offsets, table, node, parent, slot, row + np.uint64(8 * (LOW + 2)),
+                row + np.uint64(8 * probs_word(1, levels)),
+            )  # fmt: skip
+        done[q, size:] = 0
 
 
 @compiled
 def draft_items(layout, plan, keep, bits, log_probs, valid, segment, item, item_score, item_levels, item_codes):
     """:func:`draft` of ``keep`` identifiers, and :func:`~ace_core.kernels.items.collect` of their items."""
-    levels, most = len(layout), np.int64(0)
-    leaves, live = np.empty((1, keep, row_words(1, levels)), np.int64), np.empty(1, np.int64)
+    levels, depth, most = len(layout), plan[0], np.int64(0)
+    offsets, tail = plan[2 + levels :], layout[depth, 0]
+    table, node, parent, score, scratch, order, other, low, high, base, held = _room(layout, plan, keep)
+    capacity = item.shape[1]
     for q in range(len(item)):
-        own = bits[q % bits.shape[0] : q % bits.shape[0] + 1]
-        draft(layout, plan, own, log_probs[q : q + 1], leaves, live)
-        found = collect_query(
-            own[0, levels - 1], leaves[0], live[0],
-            valid[q], segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
+        own_bits = bits[q % bits.shape[0]]
+        size = _draft_query(
+            layout, plan, keep, own_bits, log_probs[q], table, node, parent, score, scratch, order,
+            other, low, high, base, np.uint64(held.ctypes.data),
         )  # fmt: skip
-        most = max(most, found)
+        mask, count = own_bits[levels - 1, 0], np.int64(0)
+        for at in range(size):
+            slot = order[at]
+            begin = node[depth, slot]
+            end = identifier_end(
+                np.uint64(tail[TOKENS]), np.uint64(tail[STRIDE] << tail[WIDE]), begin, high[parent[depth, slot]]
+            )
+            for i in range(begin, end):
+                if count < capacity and (mask == NO_BITMAP or _bit_at(mask, i)):
+                    valid[q, count], segment[q, count], item[q, count], item_score[q, count] = True, 0, i, score[slot]
+                    token = np.uint64((q * capacity + count) * levels)
+                    _spell(
+                        layout, depth, offsets, table, node, parent, slot,
+                        np.uint64(item_codes.ctypes.data) + np.uint64(2) * token,
+                        np.uint64(item_levels.ctypes.data) + np.uint64(4) * token,
+                    )  # fmt: skip
+                    count += 1
+        blank_from(count, valid[q], segment[q], item[q], item_score[q], item_levels[q], item_codes[q])
+        most = max(most, count)
     return most

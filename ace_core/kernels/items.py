@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import LOW, NO_BITMAP, SCORE, any_bit, compiled, probs_word, uint64_at
+from ace_core.kernels.compiled import LOW, NO_BITMAP, SCORE, any_bit, compiled, inlined, probs_word, uint64_at
 
 
 @compiled
@@ -19,8 +19,21 @@ def mark_parents(children, pointers, parents):
             parents[node >> 6] |= np.uint64(1) << np.uint64(node & 63)
 
 
+@inlined
+def blank_from(count, valid, segment, item, item_score, item_levels, item_codes):
+    """What a query's items are from the one after the last on."""
+    capacity, levels = item_codes.shape
+    for blank in range(count, capacity):
+        valid[blank] = False
+        segment[blank] = item[blank] = 0
+        item_score[blank] = -np.inf
+        for level in range(levels):
+            item_levels[blank, level] = -np.inf
+            item_codes[blank, level] = 0
+
+
 @compiled
-def collect_query(bits, leaves, live, valid, segment, item, item_score, item_levels, item_codes):
+def _collect_query(bits, leaves, live, valid, segment, item, item_score, item_levels, item_codes):
     """:func:`collect` for one query: the same arrays without their first axis. Returns the number of items."""
     capacity, levels = item_codes.shape
     segments = len(bits)
@@ -43,13 +56,7 @@ def collect_query(bits, leaves, live, valid, segment, item, item_score, item_lev
                         item_levels[count, level] = probs[r, prob_at + level]
                         item_codes[count, level] = codes[r, code_at + level]
                     count += 1
-    for blank in range(count, capacity):
-        valid[blank] = False
-        segment[blank] = item[blank] = 0
-        item_score[blank] = -np.inf
-        for level in range(levels):
-            item_levels[blank, level] = -np.inf
-            item_codes[blank, level] = 0
+    blank_from(count, valid, segment, item, item_score, item_levels, item_codes)
     return count
 
 
@@ -66,7 +73,7 @@ def collect(bits, leaves, live, valid, segment, item, item_score, item_levels, i
     """
     most = np.int64(0)
     for q in range(len(live)):
-        found = collect_query(
+        found = _collect_query(
             bits[q % bits.shape[0], bits.shape[1] - 1], leaves[q], live[q],
             valid[q], segment[q], item[q], item_score[q], item_levels[q], item_codes[q],
         )  # fmt: skip

@@ -135,7 +135,7 @@ def _lay_out_allowed(tokens, bytes_each, bits, row, item, rows, low, high, base,
             left = allowed[np.uint64(item) >> np.uint64(6)] >> (np.uint64(item) & np.uint64(63))
             left &= ~np.uint64(0) >> np.uint64(64 - (stop - item))
             while left != np.uint64(0):
-                one = item + trailing_zeros(left)
+                one = item + trailing_zeros(left)  # type: ignore[call-arg]
                 left &= left - _ONE
                 _copy(tokens, bytes_each, one, one + 1, last, lines, filled, _ONE)
                 sums[filled], run_of[filled] = here, filled
