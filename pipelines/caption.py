@@ -22,6 +22,7 @@ from ace_core.config import CaptionSettings, LimitSettings, Settings, TextEncode
 from ace_core.errors import AceError, MediaError, SettingsError
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import FileEntry, Manifest, fingerprint
+from ace_core.media.causes import Cause
 from ace_store import ItemReader, Store, open_location
 from pipelines.assign import read_items
 from pipelines.cluster import encoder_pool, ensure_ray, map_rows
@@ -77,7 +78,7 @@ class CaptionItems:
             if texts:
                 captions[i] = distinct(texts, self._encoder.encode(texts).pooled.float().numpy(), self._limit)
             dropped[i] = len(texts) - len(captions[i])
-            causes[i] = "" if captions[i] else "no-content"
+            causes[i] = "" if captions[i] else str(Cause.NO_CONTENT)
         return {
             "row": batch["row"],
             "captions": np.array([json.dumps(c) for c in captions], dtype=object),
@@ -160,12 +161,14 @@ class _Shards:
         self._rows, self._since = [], time.monotonic()
 
     def carry_over(self, bare: pa.Table, key: str) -> None:
-        """Take what the latest part of the same captioner has of files with the same content."""
+        """Take what the latest part of the same captioner has of files with the same content. What failed is tried
+        again: a machine that was busy has said nothing of the file."""
         pointer = self.store.read_json("captions/LATEST")
         old = None if pointer is None else self.store.find("captions", str(pointer["id"]))
         if old is None or old.settings["key"] != key or self.done.num_rows:
             return
-        known = {r["item_id"]: r for r in read_generated(self.store, old.id).to_pylist()}
+        rows = read_generated(self.store, old.id).to_pylist()
+        known = {r["item_id"]: r for r in rows if r["cause"] in ("", Cause.NO_CONTENT)}
         for item_id, content_hash in zip(*(bare.column(n).to_pylist() for n in ("item_id", "content_hash"))):
             if item_id in known and known[item_id]["content_hash"] == content_hash:
                 self.add(known[item_id])

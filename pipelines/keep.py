@@ -78,8 +78,8 @@ def status_table(store: Store) -> Table:
 def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta, dry_run: bool) -> list[str]:
     """Delete parts that no kept snapshot and no stage needs, and what killed runs left behind.
 
-    Kept: the current snapshot, the ``keep`` newest ones, all they name, what the next stage would read, and everything
-    younger than ``min_age`` (a run may be building on it, or a server still reading it).
+    Kept: the current snapshot, the ``keep`` newest ones beside it, all they name, what the next stage would read, and
+    everything younger than ``min_age`` (a run may be building on it, or a server still reading it).
 
     Returns:
         what was deleted (or would be), as ``kind/id``.
@@ -122,7 +122,7 @@ def _unneeded(
     """Parts made before ``limit`` that nothing which stays needs, what needs others first."""
     current = store.current().snapshot
     needed: set[tuple[str, str]] = set()
-    newest = [m.id for m in parts["snapshot"]][-keep:] if keep else []
+    newest = [m.id for m in parts["snapshot"] if m.id != current][-keep:] if keep else []
     for manifest in parts["snapshot"]:
         assert isinstance(manifest, SnapshotManifest)
         if manifest.id == current or manifest.id in newest or _born(manifest) > limit:

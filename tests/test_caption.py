@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import transformers as tr
@@ -15,6 +16,7 @@ from ace_core.captioner import Captioner, distinct, plain
 from ace_core.config import CaptionSettings, LimitSettings, Settings
 from ace_core.errors import CorpusError, SettingsError
 from ace_core.items import Modality
+from ace_core.manifest import Manifest
 from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import caption as stage
@@ -161,6 +163,20 @@ def test_stage(ray_cluster: None, blip: str, tmp_path: Path, monkeypatch: pytest
     more = caption_stage(settings, store, quiet)
     again = {r["item_id"]: r["captions"] for r in read_generated(store, more.id).to_pylist()}
     assert more.id != part.id and table.items() <= again.items() and set(again) - set(table) == {"20.png"}
+
+
+def test_what_failed_is_tried_again_once_the_corpus_changed(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    before = stage._Shards(store, "before")
+    said = {"a.png": (["a bar"], ""), "b.png": ([], "no-content"), "c.png": ([], "timeout"), "d.png": ([], "OSError")}
+    for name, (captions, cause) in said.items():
+        before.add({"item_id": name, "content_hash": name, "captions": captions, "cause": cause})
+    before.flush()
+    store.seal_part(Manifest(kind="captions", id="before", settings={"key": "k"}))
+    store.set_latest("captions", "before")
+    now = stage._Shards(store, "now")
+    now.carry_over(pa.table({"item_id": list(said), "content_hash": list(said)}), "k")
+    assert now.done.column("item_id").to_pylist() == ["a.png", "b.png"]
 
 
 def _only_part(store: Store) -> str:
