@@ -119,6 +119,10 @@ def run_as_job(address: str, line: str, settings: Settings, say: Say, *, client:
 
 
 def _connect(address: str) -> Any:
+    if not address.startswith(("http://", "https://")):  # Ray would look for a cluster's other port, and not tell
+        raise SettingsError(
+            f"{address!r} is not the address of a dashboard", where="--address", remedy="Write http://HEAD:8265."
+        )
     from ray.job_submission import JobSubmissionClient
 
     for name in _TALKATIVE:

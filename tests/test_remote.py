@@ -114,6 +114,7 @@ def test_no_cluster_there(capsys: pytest.CaptureFixture[str]) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         assert cli.main(["--address", f"http://127.0.0.1:{port}", "status"]) == 2
+        assert cli.main(["--address", f"127.0.0.1:{port}", "status"]) == 2
     assert "does not take the job" in capsys.readouterr().err
 
 
