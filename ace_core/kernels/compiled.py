@@ -120,14 +120,19 @@ def copy_16_bytes(typingctx, target, source):
     return types.void(types.uint64, types.uint64), codegen
 
 
+def ask_for(builder, address):
+    """Build the instruction of :func:`prefetch`."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(ask, [builder.inttoptr(address, cgutils.voidptr_t), number(0), number(3), number(1)])
+
+
 @intrinsic
 def _prefetch(typingctx, address):
 
     def codegen(context, builder, signature, args):
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(ask, [builder.inttoptr(args[0], cgutils.voidptr_t), number(0), number(3), number(1)])
+        ask_for(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.uint64), codegen

@@ -12,11 +12,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
-from ace_core.kernels.compiled import compiled, float32_at, int8_at, prefetch
+from ace_core.kernels.compiled import ask_for, compiled, float32_at, int8_at, prefetch
 
 BLOCK = 32  # codewords whose bytes lie side by side: four registers of sums
 
 _AHEAD = 8  # vectors that are on their way from memory while one is multiplied
+_BYTES_AHEAD = 4096  # of codewords
 _LANES = 16  # numbers that are multiplied at once
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 _BYTES, _SHORTS = (ir.VectorType(ir.IntType(bits), _LANES) for bits in (8, 16))
@@ -91,6 +92,7 @@ def _block_products(typingctx, rows, queries, stride, block, pairs, out):
         nothing, everywhere = ir.Constant(_SUMS, ir.Undefined), ir.Constant(_SUMS, None)
         with cgutils.for_range(builder, pairs) as loop:
             here = builder.add(block, builder.mul(loop.index, _INT64(2 * BLOCK)))
+            ask_for(builder, builder.add(here, _INT64(_BYTES_AHEAD)))
             words = [_load(builder, here, part * _LANES, _BYTES) for part in parts]
             for line, row in zip(lines, totals):
                 pair = _load(builder, line, builder.mul(loop.index, _INT64(4)), _INT32)
