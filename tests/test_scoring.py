@@ -77,6 +77,17 @@ def test_a_remainder_in_8_bits_is_nearer_than_the_vector_in_8_bits(
     assert left.nbytes == whole.nbytes == ITEMS * (DIM + 4)
 
 
+def test_rounding_of_codewords_is_in_what_is_stored(world: tuple[Quantizer, np.ndarray, np.ndarray]) -> None:
+    quantizer, x, codes = world
+    gallery, rows = Gallery.build(codes, quantizer, x), np.arange(ITEMS)
+    assert gallery.stored is not None
+    half = gallery.stored.scales[:, None] / 2 + 1e-6  # what 8 bits of a remainder leave, and no more
+    assert (np.abs(gallery.vectors(rows, quantizer) - x) <= half).all()
+    fitted = sum(table[codes[:, 1 + level]] for level, table in enumerate(quantizer.codebooks))
+    rounding = quantizer.reconstruct(codes) - fitted
+    assert (np.abs(gallery.vectors(rows, quantizer) - rounding - x) > half).any()  # off if it were not
+
+
 def test_a_segment_of_whole_vectors_is_refused_by_name(tmp_path: Path) -> None:
     TinyStore(tmp_path).segment("old", 0, 30, stored=True)
     folder = tmp_path / "segments" / "old"
