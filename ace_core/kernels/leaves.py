@@ -45,11 +45,11 @@ def workspace(bytes_each):
 @inlined
 def _same(tokens, bytes_each, item, other_item):
     """Have two items the same tokens?"""
-    words = uint8_at(tokens)
-    for i in range(bytes_each):
-        if words[np.uint64(item) * bytes_each + i] != words[np.uint64(other_item) * bytes_each + i]:
-            return False
-    return True
+    here, there = uint8_at(tokens + np.uint64(item) * bytes_each), uint8_at(tokens + np.uint64(other_item) * bytes_each)
+    different = np.uint8(0)
+    for i in range(bytes_each):  # to the end, which is never a wrong guess
+        different |= here[i] ^ there[i]
+    return different == 0
 
 
 @compiled
