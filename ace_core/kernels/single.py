@@ -45,16 +45,14 @@ def _ask_for_children(tokens, bytes_each, address, live, words):
 
 
 @inlined
-def _ask_for_scores(tokens, stride, address, live, words, scores, size, step, vocabulary):
-    """Ask for the memory that rows' children are scored from: all of it where they are many."""
+def _ask_for_scores(tokens, stride, address, live, words, scores, size, step):
+    """Ask for the memory that the children of short rows are scored from; that of long ones is read from end to end,
+    which the machine sees by itself."""
     rows = int64_at(address)
     for r in range(live):
         low, high = np.uint64(rows[r * words + _LOW]), np.uint64(rows[r * words + _HIGH])
         here = scores + r * step * size
-        if high - low > SHORT:
-            for at in range(np.uint64(0), vocabulary * size, np.uint64(64)):
-                prefetch(here + at)
-        else:
+        if high - low <= SHORT:
             for node in range(low, high):
                 prefetch(here + np.uint64(tokens[node * stride]) * size)
 
@@ -71,7 +69,7 @@ def _expand_query(
     stride, flat, present = np.uint64(entry[STRIDE]), entry[POINTERS] == 0, np.uint64(entry[PRESENT])
     each = np.uint64(table.itemsize)
     scores = np.uint64(table.ctypes.data) + (begin + beam * vocabulary) * each
-    _ask_for_scores(tokens, stride, address + of_query, live_then, words, scores, each, step, vocabulary)
+    _ask_for_scores(tokens, stride, address + of_query, live_then, words, scores, each, step)
     rows, row_reals = int64_at(address), float64_at(address + np.uint64(8 * SCORE))
     best = 0.0
     if step == 0:  # all rows of a query share these
