@@ -149,6 +149,7 @@ class QuantizerSettings(Section):
     coarse: int = Field(64, ge=2, le=65536, description="K-Means clusters")
     fine_levels: int = Field(3, ge=1, le=8, description="fine tokens of an identifier")
     fine_codes: int = Field(256, ge=2, le=65536, description="codes of one fine level")
+    beam: int = Field(4, ge=1, le=64, description="sequences of tokens kept while an item's identifier is sought")
     kmeans_iterations: int = Field(25, ge=1)
     epochs: int = Field(20, ge=0, description="passes of the RQ-VAE over the corpus")
     batch_size: int = Field(1024, ge=8)

@@ -1,12 +1,13 @@
 """Clustered vectors and their identifiers, for benchmarks: many or few, the same for the same seed.
 
 Items are points of a mixture in a space of few intrinsic dimensions (as embeddings are), mapped into D dimensions.
-Identifiers are (modality, coarse, fine_1 .. fine_4) by residual k-means, fitted to a sample.
+Identifiers are (modality, coarse, fine_1 .. fine_4) by residual k-means, fitted to a sample, and sought for every item
+as the product seeks them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import faiss
 import numpy as np
 
 from ace_core.arrays import map_arrays, save_arrays
+from ace_core.config import QuantizerSettings
 from ace_core.identifiers import sort_order
+from ace_core.quantize.quantizer import Quantizer
 from ace_core.scoring import Codewords
 
 _CHUNK = 50_000
@@ -98,6 +101,12 @@ class Codes:
         return out
 
 
+def quantizer_of(codewords: Sequence[np.ndarray], beam: int = 1) -> Quantizer:
+    """The quantizer of these codewords, per level (V_l, D), whose latent space is that of the items."""
+    same = np.eye(codewords[0].shape[1], dtype=np.float32)
+    return Quantizer(codewords[0], same, codewords[1], same, tuple(codewords[2:]), tuple(codewords[1:]), beam)
+
+
 def coded(world: World, items: int, *, levels: int = 5, codes: int = 256, cache: Path | None = None) -> Codes:
     """Fit codebooks to a sample of the world and code its first ``items``.
 
@@ -105,7 +114,9 @@ def coded(world: World, items: int, *, levels: int = 5, codes: int = 256, cache:
         levels: tokens after the modality; codes: vocabulary of each.
         cache: folder that keeps the result for the next run.
     """
-    path = cache and cache / f"codes-{world.dim}-{world.clusters}-{items}-{levels}x{codes}-{world.seed}.safetensors"
+    beam = QuantizerSettings().beam
+    name = f"codes-{world.dim}-{world.clusters}-{items}-{levels}x{codes}-beam-{beam}-{world.seed}.safetensors"
+    path = cache and cache / name
     if path and path.exists():
         arrays = map_arrays(path)
         return Codes(
@@ -116,25 +127,18 @@ def coded(world: World, items: int, *, levels: int = 5, codes: int = 256, cache:
     means = np.stack([sample[modality == m].mean(0) for m in range(3)]).astype(np.float32)
     left = sample - means[modality]
     tables = [means]
-    indexes = []
     for level in range(levels):
         kmeans = faiss.Kmeans(world.dim, codes, niter=6, seed=level, max_points_per_centroid=100, verbose=False)
         kmeans.train(left)
         tables.append(np.array(kmeans.centroids))
         index = faiss.IndexFlatL2(world.dim)
         index.add(tables[-1])
-        indexes.append(index)
         left = left - tables[-1][index.search(left, 1)[1][:, 0]]
+    quantizer = quantizer_of(tables, beam)
     out = np.empty((items, levels + 1), np.uint16)
     begin = 0
     for x, modality in world.vectors(items):
-        rows = slice(begin, begin + len(x))
-        out[rows, 0] = modality
-        left = x - means[modality]
-        for level, index in enumerate(indexes, 1):
-            token = index.search(left, 1)[1][:, 0]
-            out[rows, level] = token
-            left -= tables[level][token]
+        out[begin : begin + len(x)] = quantizer.assign(x, modality)
         begin += len(x)
     order = sort_order(out, [len(t) for t in tables])
     result = Codes(tuple(tables), out[order], order)

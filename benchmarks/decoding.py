@@ -25,12 +25,11 @@ from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import beam_search, one_shot_search
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
-from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
 from ace_core.space import unit_query
 from ace_core.walk import Walk
 from benchmarks.bart import BartSpeller, generate, random_bart
-from benchmarks.clustered import Codes, World, coded, queries_near
+from benchmarks.clustered import Codes, World, coded, quantizer_of, queries_near
 from benchmarks.measure import interleaved, table, write_figures
 from benchmarks.rivals import DictTrie, StaticIndex, prefix_function_step
 
@@ -186,11 +185,8 @@ def against_generate(
 def _generator(codes: Codes) -> Generator:
     """An unfitted generator of the product's default shape over these codewords."""
     words = [np.pad(table, ((0, 0), (0, 1))) for table in codes.codewords]  # the last coordinate is the popularity
-    dim = words[0].shape[1]
-    same = np.eye(dim, dtype=np.float32)
-    quantizer = Quantizer(words[0], same, words[1], same, tuple(words[2:]), tuple(words[1:]))
     torch.manual_seed(0)
-    return Generator(GeneratorSettings(), quantizer, text_width=32, text_layers=1).eval()
+    return Generator(GeneratorSettings(), quantizer_of(words), text_width=32, text_layers=1).eval()
 
 
 def _query(codes: Codes, world: World, batch: int) -> QueryBatch:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
+from ace_core.arrays import map_arrays, save_arrays
 from ace_core.collective import LocalCollective, share
 from ace_core.config import QuantizerSettings
 from ace_core.errors import CorpusError, QualityError, StoreError
@@ -210,8 +213,8 @@ def test_identifiers_rebuild_additively_and_near(fitted) -> None:
     assert error < 0.6 * coarse_error
 
 
-def test_assignment_is_the_nearest_code_at_every_level(fitted) -> None:
-    quantizer, x, tokens = fitted
+def test_a_beam_of_one_takes_the_nearest_code_at_every_level(fitted) -> None:
+    quantizer, x, tokens = replace(fitted[0], beam=1), *fitted[1:]
     codes = quantizer.assign(x[:50], tokens[:50])
     left = (x[:50] - quantizer.modality_means[tokens[:50]]) @ quantizer.metric
     for level, table in enumerate((quantizer.coarse, *quantizer.latents), start=1):
@@ -220,6 +223,37 @@ def test_assignment_is_the_nearest_code_at_every_level(fitted) -> None:
         left = left - table[codes[:, level]]
         if level == 1:
             left = left @ quantizer.encoder
+
+
+def latent_errors(quantizer: Quantizer, x: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Squared distances, in the latent space, of items from what their tokens after the modality add up to."""
+    z = (x - quantizer.modality_means[codes[:, 0]]) @ quantizer.metric @ quantizer.encoder
+    words = (quantizer.coarse @ quantizer.encoder, *quantizer.latents)
+    return np.square(z - sum(w[codes[:, level]] for level, w in enumerate(words, start=1))).sum(1)
+
+
+def test_a_wider_beam_finds_nearer_identifiers_and_a_full_one_the_nearest(fitted) -> None:
+    fitted, x, tokens = fitted
+    errors = [latent_errors(fitted, x, replace(fitted, beam=beam).assign(x, tokens)).mean() for beam in (1, 2, 4, 16)]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    small = replace(
+        fitted, coarse=fitted.coarse[:3], latents=tuple(t[:4] for t in fitted.latents),
+        codebooks=(fitted.codebooks[0][:3], *(c[:4] for c in fitted.codebooks[1:])), beam=3 * 4,
+    )  # fmt: skip
+    every = np.array(list(itertools.product(range(3), range(4), range(4))))
+    for item, token in zip(x[:40], tokens[:40]):
+        codes = np.concatenate([np.full((len(every), 1), token), every], axis=1)
+        of_all = latent_errors(small, item[None], codes)
+        found = latent_errors(small, item[None], small.assign(item[None], np.array([token])))
+        assert found[0] <= of_all.min() + 1e-4
+
+
+def test_a_quantizer_of_before_seeks_as_it_did(fitted, tmp_path) -> None:
+    fitted[0].save(tmp_path)
+    assert Quantizer.load(tmp_path).beam == SETTINGS.beam > 1
+    path = tmp_path / "quantizer.safetensors"
+    save_arrays(path, {name: np.array(a) for name, a in map_arrays(path).items() if name != "beam"})
+    assert Quantizer.load(tmp_path).beam == 1
 
 
 def test_queries_shape_the_metric() -> None:

@@ -10,6 +10,7 @@ the text encoder). The kernels are serial and release the GIL: threads that sear
 the read-only index (numba's own thread pool is not used; its default layer is not thread-safe).
 """
 
+from ace_core.kernels.assign import assign
 from ace_core.kernels.complete import complete
 from ace_core.kernels.draft import draft, draft_items
 from ace_core.kernels.expand import expand
@@ -19,6 +20,7 @@ from ace_core.kernels.single import expand_one
 
 __all__ = [
     "add_products",
+    "assign",
     "collect",
     "complete",
     "draft",

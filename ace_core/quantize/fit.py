@@ -88,6 +88,7 @@ def fit_quantizer(
             (coarse.centroids @ inverse).cpu().numpy(),
             *((b.detach() @ back).cpu().numpy() for b in model.codebooks),
         ),
+        beam=settings.beam,
     )
     sizes = {"coarse_codes": float(len(coarse.centroids)), "fine_codes": float(len(latents[0]))}
     return quantizer, {"inertia": coarse.inertia, **sizes, **metrics}

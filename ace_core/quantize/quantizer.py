@@ -39,6 +39,7 @@ class Quantizer:
         latents: M arrays (V, d), the RQ-VAE's codebooks.
         codebooks: 1 + M arrays (V_l, D): the codewords of the levels after the modality, in the shared space, as they
             were fitted.
+        beam: sequences of tokens that are kept at each level while an item's identifier is sought.
     """
 
     modality_means: np.ndarray
@@ -47,6 +48,7 @@ class Quantizer:
     encoder: np.ndarray
     latents: tuple[np.ndarray, ...]
     codebooks: tuple[np.ndarray, ...]
+    beam: int = 1
 
     @property
     def dim(self) -> int:
@@ -72,18 +74,16 @@ class Quantizer:
         return Codewords([self.modality_means, *self.codebooks])
 
     @cached_property
-    def _tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per level (D or d, V) and (V,): the nearest code has the largest ``left @ first - second``."""
-        coarse = (np.ascontiguousarray(self.metric @ self.coarse.T), 0.5 * np.square(self.coarse).sum(1))
-        return [coarse, *((t.T.copy(), 0.5 * np.square(t).sum(1)) for t in self.latents)]
-
-    @cached_property
-    def _to_latent(self) -> tuple[np.ndarray, np.ndarray]:
-        """(D, d) from centred vectors to latents, and (K, d), each centroid's latent."""
-        return self.metric @ self.encoder, self.coarse @ self.encoder
+    def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """In the latent space: (W, d) centroids and codebooks side by side, (W, W) their inner products, and (L + 1,)
+        where each begins."""
+        levels = [self.coarse @ self.encoder, *self.latents]
+        words = np.concatenate(levels).astype(np.float32)
+        return words, words @ words.T, np.cumsum([0, *map(len, levels)])
 
     def assign(self, x: np.ndarray, modality_tokens: np.ndarray) -> np.ndarray:
-        """Identifiers of item vectors.
+        """Identifiers of item vectors: of the ``beam`` best sequences of tokens at each level, the one whose sum is
+        nearest. The coarse tokens among which it is sought are those of the nearest centroids.
 
         Args:
             x: (n, D) float32 item vectors in the shared space.
@@ -92,22 +92,19 @@ class Quantizer:
         Returns:
             (n, levels) uint16.
         """
-        n = len(x)
-        codes = np.empty((n, self.levels), np.uint16)
+        from ace_core import kernels  # the server's ingress reads quantizers, and compiles nothing
+
+        words, gram, offsets = self._words
+        to_words = (self.metric @ self.encoder) @ words.T
+        to_coarse = self.metric @ self.coarse.T
+        half_words, half_coarse = (0.5 * np.square(a).sum(1) for a in (words, self.coarse))
+        codes = np.empty((len(x), self.levels), np.uint16)
         codes[:, 0] = modality_tokens
-        for start in range(0, n, _BLOCK):
+        for start in range(0, len(x), _BLOCK):
             rows = slice(start, start + _BLOCK)
-            left = np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]
-            for level, (table, half_norm) in enumerate(self._tables, start=1):
-                scores = left @ table
-                scores -= half_norm
-                token = scores.argmax(1)
-                codes[rows, level] = token
-                if level == 1:
-                    left = left @ self._to_latent[0]
-                    left -= self._to_latent[1][token]
-                elif level + 1 < self.levels:
-                    left -= self.latents[level - 2][token]
+            centred = np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]
+            products, first = centred @ to_words - half_words, centred @ to_coarse - half_coarse
+            kernels.assign(first, products, gram, offsets, self.beam, codes[rows, 1:])
         return codes
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
@@ -126,6 +123,7 @@ class Quantizer:
             "metric": self.metric,
             "coarse": self.coarse,
             "encoder": self.encoder,
+            "beam": np.array([self.beam], np.int64),
         }
         arrays |= {f"latents.{i}": a for i, a in enumerate(self.latents)}
         arrays |= {f"codebooks.{i}": a for i, a in enumerate(self.codebooks)}
@@ -148,6 +146,7 @@ class Quantizer:
                 encoder=arrays["encoder"],
                 latents=tuple(arrays[f"latents.{i}"] for i in range(levels - 1)),
                 codebooks=tuple(arrays[f"codebooks.{i}"] for i in range(levels)),
+                beam=int(arrays["beam"][0]) if "beam" in arrays else 1,  # as quantizers sought before there was one
             )
         except KeyError as e:
             raise StoreError(f"the quantizer lacks {e}", where=folder, remedy="Fit the quantizer again.") from None
