@@ -1,4 +1,6 @@
-"""Compiled helpers: selection against NumPy, and the cache of what was compiled."""
+"""Compiled helpers: selection and products against NumPy, drafts against sorting, and the cache of what was compiled."""
+
+import ctypes
 
 import numpy as np
 import pytest
@@ -13,6 +15,21 @@ from ace_core.kernels.compiled import bits_end, next_bit
 from ace_core.kernels.selection import nth_largest, order_best_first
 from ace_core.scoring import Codewords, Remainders
 from ace_core.walk import Walk, draft_widths
+
+_M_PERTURB = -6  # of malloc.h
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freed_memory_is_overwritten():
+    """What is read after it was freed, or before it was written, is wrong at once (where the C library is glibc)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_PERTURB, 0x65)
+    yield
+    mallopt(_M_PERTURB, 0)
+
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 scores = st.one_of(

@@ -168,15 +168,17 @@ def products(queries, blocks, scales, out):
     for q in range(count):
         factors[q] = _to_integers(queries[q], integers[q])
     sums = np.empty((2, BLOCK), np.int32)
-    start, to, stride = np.uint64(integers.ctypes.data), np.uint64(sums.ctypes.data), np.uint64(4 * pairs)
+    stride = np.uint64(4 * pairs)
     for b in range(len(blocks)):
         block = np.uint64(blocks[b].ctypes.data)
         scale = scales[b * BLOCK : (b + 1) * BLOCK]
         for q in range(0, count, 2):
+            # Asked for here: an array whose name the compiler meets no more is freed, whatever its address is used for.
+            first, to = np.uint64(integers[q].ctypes.data), np.uint64(sums.ctypes.data)
             if q + 1 < count:
-                _block_products(2, start + np.uint64(q) * stride, stride, block, pairs, to)  # type: ignore[call-arg]
+                _block_products(2, first, stride, block, pairs, to)  # type: ignore[call-arg]
             else:
-                _block_products(1, start + np.uint64(q) * stride, stride, block, pairs, to)  # type: ignore[call-arg]
+                _block_products(1, first, stride, block, pairs, to)  # type: ignore[call-arg]
             for row in range(min(2, count - q)):
                 line, total, factor = out[q + row, b * BLOCK :], sums[row], factors[q + row]
                 for i in range(len(scale)):
