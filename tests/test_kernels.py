@@ -1,4 +1,4 @@
-"""Compiled helpers: selection and products against NumPy, drafts against sorting, and the cache of what was compiled."""
+"""Compiled helpers: selection and products against NumPy, drafts, and the cache of what was compiled."""
 
 import ctypes
 

@@ -248,6 +248,25 @@ def test_a_wider_beam_finds_nearer_identifiers_and_a_full_one_the_nearest(fitted
         assert found[0] <= of_all.min() + 1e-4
 
 
+def test_inner_products_that_are_too_many_to_hold_are_computed(fitted, monkeypatch) -> None:
+    fitted, x, tokens = replace(fitted[0]), *fitted[1:]
+    held = latent_errors(fitted, x, fitted.assign(x, tokens))
+    monkeypatch.setattr("ace_core.quantize.quantizer._GRAM", 0)
+    monkeypatch.setattr("ace_core.quantize.quantizer._BLOCK_PRODUCTS", 500)  # blocks of few items
+    computed = latent_errors(fitted, x, replace(fitted).assign(x, tokens))
+    np.testing.assert_allclose(computed, held, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_vocabularies_take_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    coarse, *latents = (rng.standard_normal((count, 4)).astype(np.float32) for count in (65536, 65536, 5000))
+    same = np.eye(4, dtype=np.float32)
+    quantizer = Quantizer(np.zeros((3, 4), np.float32), same, coarse, same, tuple(latents), (coarse, *latents), beam=2)
+    x = coarse[-2:] + latents[0][-2:]
+    assert (latent_errors(quantizer, x, quantizer.assign(x, np.zeros(2, int))) < 0.05).all()
+    assert sum(array.nbytes for array in quantizer._words) < 8 << 20  # all inner products: 40 GB
+
+
 def test_a_quantizer_of_before_seeks_as_it_did(fitted, tmp_path) -> None:
     fitted[0].save(tmp_path)
     assert Quantizer.load(tmp_path).beam == SETTINGS.beam > 1

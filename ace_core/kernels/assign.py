@@ -8,7 +8,7 @@ from ace_core.kernels.compiled import compiled
 
 
 @compiled
-def assign(first, products, gram, offsets, beam, codes):
+def assign(first, products, words, gram, offsets, beam, codes):
     """Fill ``codes`` with the best of the ``beam`` sequences of tokens that are kept at every level.
 
     A sequence scores z · s - |s|² / 2, s being the sum of its words: the largest is nearest to z. Of what a further
@@ -17,13 +17,15 @@ def assign(first, products, gram, offsets, beam, codes):
     Args:
         first: (n, K) float32, by which tokens of the first level are chosen.
         products: (n, W) float32, z · w - |w|² / 2 of all levels' words side by side.
-        gram: (W, W) float32, the words' inner products.
+        words: (d, W) float32.
+        gram: (W, W - K) float32, the words' inner products with those of all levels but the first; or (0, W - K) where
+            these would take too much memory: then they are computed for the sequences that are kept.
         offsets: (L + 1,) int64, where each level's words begin, and where the last one's end.
         codes: (n, L) uint16.
     """
-    levels, words = len(offsets) - 1, len(gram)
-    rest, rest_then = np.empty((beam, words), np.float32), np.empty((beam, words), np.float32)
-    tokens, tokens_then = np.empty((beam, levels), np.int64), np.empty((beam, levels), np.int64)
+    levels, count = len(offsets) - 1, words.shape[1]
+    rest, rest_then = np.empty((beam, count), np.float32), np.empty((beam, count), np.float32)
+    tokens, tokens_then = np.zeros((beam, levels), np.int64), np.zeros((beam, levels), np.int64)
     score, score_then = np.empty(beam, np.float32), np.empty(beam, np.float32)
     parent, token = np.empty(beam, np.int64), np.empty(beam, np.int64)
     for i in range(len(codes)):
@@ -34,8 +36,7 @@ def assign(first, products, gram, offsets, beam, codes):
                 live = _keep(first[i, v], np.int64(0), np.int64(v), live, beam, score, parent, token)
         for b in range(live):
             tokens[b, 0], score[b] = token[b], products[i, token[b]]
-            for w in range(offsets[1], words):
-                rest[b, w] = products[i, w] - gram[token[b], w]
+            _without(products[i], token[b], offsets[1], words, gram, rest[b])
         for level in range(1, levels):
             begin, end = offsets[level], offsets[level + 1]
             kept = np.int64(0)
@@ -53,12 +54,27 @@ def assign(first, products, gram, offsets, beam, codes):
                 for above in range(level):
                     tokens_then[b, above] = tokens[of, above]
                 tokens_then[b, level] = word - begin
-                for w in range(end, words):
-                    rest_then[b, w] = rest[of, w] - gram[word, w]
+                _without(rest[of], word, end, words, gram, rest_then[b])
             rest, rest_then, tokens, tokens_then = rest_then, rest, tokens_then, tokens
             score, score_then, live = score_then, score, kept
         for level in range(levels):
             codes[i, level] = tokens[0, level]
+
+
+@compiled
+def _without(line, word, begin, words, gram, out):
+    """Fill ``out`` from ``begin`` on with what a line is less the inner products of a word with those there."""
+    count = len(line)
+    if len(gram):
+        before = count - gram.shape[1]
+        for w in range(begin, count):
+            out[w] = line[w] - gram[word, w - before]
+        return
+    out[begin:] = line[begin:]
+    for d in range(len(words)):
+        number, numbers = words[d, word], words[d]
+        for w in range(begin, count):
+            out[w] -= number * numbers[w]
 
 
 @compiled

@@ -24,7 +24,9 @@ from ace_core.items import MODALITIES
 from ace_core.quantize.health import CodebookHealth, measure_health
 from ace_core.scoring import Codewords
 
-_BLOCK = 2048
+_BLOCK = 2048  # items, of which tokens are sought together,
+_BLOCK_PRODUCTS = 1 << 24  # ... fewer where these are more numbers
+_GRAM = 1 << 26  # inner products of words that are held: 256 MB
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Quantizer:
 
     @cached_property
     def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """In the latent space: (W, d) centroids and codebooks side by side, (W, W) their inner products, and (L + 1,)
-        where each begins."""
+        """In the latent space: (d, W) centroids and codebooks side by side, their inner products as
+        :func:`ace_core.kernels.assign.assign` takes them, and (L + 1,) where each begins."""
         levels = [self.coarse @ self.encoder, *self.latents]
         words = np.concatenate(levels).astype(np.float32)
-        return words, words @ words.T, np.cumsum([0, *map(len, levels)])
+        fine = words[len(self.coarse) :]
+        held = words if len(words) * len(fine) <= _GRAM else words[:0]
+        return np.ascontiguousarray(words.T), held @ fine.T, np.cumsum([0, *map(len, levels)])
 
     def assign(self, x: np.ndarray, modality_tokens: np.ndarray) -> np.ndarray:
         """Identifiers of item vectors: of the ``beam`` best sequences of tokens at each level, the one whose sum is
@@ -95,16 +99,17 @@ class Quantizer:
         from ace_core import kernels  # the server's ingress reads quantizers, and compiles nothing
 
         words, gram, offsets = self._words
-        to_words = (self.metric @ self.encoder) @ words.T
+        to_words = (self.metric @ self.encoder) @ words
         to_coarse = self.metric @ self.coarse.T
-        half_words, half_coarse = (0.5 * np.square(a).sum(1) for a in (words, self.coarse))
+        half_words, half_coarse = 0.5 * np.square(words).sum(0), 0.5 * np.square(self.coarse).sum(1)
+        block = max(1, min(_BLOCK, _BLOCK_PRODUCTS // words.shape[1]))
         codes = np.empty((len(x), self.levels), np.uint16)
         codes[:, 0] = modality_tokens
-        for start in range(0, len(x), _BLOCK):
-            rows = slice(start, start + _BLOCK)
+        for start in range(0, len(x), block):
+            rows = slice(start, start + block)
             centred = np.asarray(x[rows], np.float32) - self.modality_means[codes[rows, 0]]
             products, first = centred @ to_words - half_words, centred @ to_coarse - half_coarse
-            kernels.assign(first, products, gram, offsets, self.beam, codes[rows, 1:])
+            kernels.assign(first, products, words, gram, offsets, self.beam, codes[rows, 1:])
         return codes
 
     def reconstruct(self, codes: np.ndarray) -> np.ndarray:
