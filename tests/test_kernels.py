@@ -183,10 +183,10 @@ def test_a_draft_where_a_sample_promises_too_much(step, sizes):
     if depth == 2:  # one item each, which says more than the child above
         codes = np.concatenate([codes, rng.integers(0, sizes[2], (len(codes), 1))], 1)
     walk = Walk([ConstraintIndex.build(codes.astype(np.uint16), sizes, depth=depth)])
-    log_probs = -20 - rng.random((1, sum(sizes)))
+    log_probs = (-20 - rng.random((1, sum(sizes)))).astype(np.float32)
     log_probs[0, 0] = -1
     log_probs[0, sizes[0] : sizes[0] + sizes[1] : step] += 10
-    scores = log_probs[0][codes + np.cumsum([0, *sizes[:-1]])]
+    scores = log_probs[0].astype(np.float64)[codes + np.cumsum([0, *sizes[:-1]])]
     kept = np.argsort(-scores[:, :2].sum(1))[: 4 * keep if depth == 2 else None]
     best = kept[np.argsort(-scores[kept].sum(1))[:keep]]
     found = walk.draft_items(log_probs, keep, walk.masks(None, 1), keep)
