@@ -120,6 +120,9 @@ def test_products_with_codewords(dim, largest):
     np.testing.assert_array_equal(codewords.products(queries[1:4]), found[1:4])  # beside others
     again = Codewords(codewords.tables)
     np.testing.assert_allclose(np.concatenate(again.tables), rounded, rtol=1e-6)
+    for bad in (np.nan, np.inf):  # is not taken for a number
+        queries[2, -1] = bad
+        np.testing.assert_array_equal(np.isnan(codewords.products(queries)).all(1), np.arange(5) == 2)
 
 
 def test_compiled_again_when_any_file_of_the_kernels_changes():

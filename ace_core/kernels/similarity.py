@@ -110,7 +110,8 @@ def _block_products(typingctx, rows, queries, stride, block, pairs, out):
 
 @register_jitable
 def _to_integers(query, integers):
-    """Fill ``integers`` (at least D,) int16 with a query (D,) float32; returns what they are multiplied by.
+    """Fill ``integers`` (at least D,) int16 with a query (D,) float32; returns what they are multiplied by: NaN for a
+    query that is not finite.
 
     No sum of products with bytes exceeds 32 bits: up to 512 numbers take all 16, beyond they share 24 with the sum.
     """
@@ -118,9 +119,11 @@ def _to_integers(query, integers):
     largest = np.float32(1e-30)
     for number in query:
         largest = max(largest, abs(number))
+    finite = True
     for d in range(len(query)):
+        finite &= abs(query[d]) < np.float32(np.inf)
         integers[d] = np.int32(np.rint(query[d] * (top / largest)))
-    return largest / top
+    return largest / top if finite else np.float32(np.nan)
 
 
 @compiled
