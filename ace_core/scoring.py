@@ -62,7 +62,7 @@ class Codewords:
 
     They are what identifiers stand for: a remainder is what the rounded codewords leave of an item, so that rounding
     costs nothing where remainders are stored. Where they are not, the product of a query with a codeword w is off by at
-    most |q| |w| sqrt(D) / 254, in practice by |q| |w| / 2700 (D = 384).
+    most |q| |w| sqrt(D) / 254, and mostly by far less.
 
     Args:
         tables: per level (V_l, D) float32.

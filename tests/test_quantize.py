@@ -267,6 +267,12 @@ def test_the_largest_vocabularies_take_little_memory() -> None:
     assert sum(array.nbytes for array in quantizer._words) < 8 << 20  # all inner products: 40 GB
 
 
+def test_an_item_that_is_not_a_number_has_nothing_of_the_one_before(fitted) -> None:
+    quantizer, x, tokens = fitted
+    codes = quantizer.assign(np.stack([x[5], np.full(DIM, np.nan, np.float32), x[5]]), tokens[[5, 5, 5]])
+    assert codes[0, 1:].any() and not codes[1, 1:].any() and np.array_equal(codes[0], codes[2])
+
+
 def test_a_quantizer_of_before_seeks_as_it_did(fitted, tmp_path) -> None:
     fitted[0].save(tmp_path)
     assert Quantizer.load(tmp_path).beam == SETTINGS.beam > 1

@@ -5,7 +5,7 @@ do by padding every row to its level's vocabulary; a compiled loop looks at the 
 them with one comparison. A C++ torch operator would need a compiler on the user's machine.
 
 Arrays of the index are passed as addresses, so one compilation serves any number of segments, 8- and 16-bit tokens,
-32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs some 50 s once a machine (a step, drafts,
+32- and 64-bit pointers, memory-mapped (read-only) or not. Compiling costs some 45 s once a machine (a step, drafts,
 the text encoder). The kernels are serial and release the GIL: threads that search at the same time share nothing but
 the read-only index (numba's own thread pool is not used; its default layer is not thread-safe).
 """

@@ -34,6 +34,9 @@ def assign(first, products, words, gram, offsets, beam, codes):
         for v in range(offsets[1]):
             if first[i, v] > score[beam - 1]:
                 live = _keep(first[i, v], np.int64(0), np.int64(v), live, beam, score, parent, token)
+        if live == 0:  # not a number: near to nothing, and no concern of the item before
+            codes[i] = 0
+            continue
         for b in range(live):
             tokens[b, 0], score[b] = token[b], products[i, token[b]]
             _without(products[i], token[b], offsets[1], words, gram, rest[b])
