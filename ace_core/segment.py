@@ -36,10 +36,11 @@ ITEM_COLUMNS = (
     "item_id", "uri", "modality", "captions", "content_hash", "mime", "start_seconds", "end_seconds",
 )  # fmt: skip
 
-FORMAT = 3
+FORMAT = 4
 """Of a segment's files: the first stored whole 8-bit vectors, the second what the codewords as fitted leave of them,
-the third what the codewords in 8 bits do. The second is read like the third: there, until it is published again, a
-similarity is off by the rounding of the item's codewords (see :class:`ace_core.scoring.Codewords`)."""
+the third what the codewords in 8 bits do, the fourth is the third and says so in its manifest. The second is read like
+the third: there, until it is published again, a similarity is off by the rounding of the item's codewords (see
+:class:`ace_core.scoring.Codewords`)."""
 
 LOOKUPS = ("item_id", "content_hash")
 """Columns that rows are found by."""
@@ -60,6 +61,17 @@ def item_versions(items: pa.Table) -> pa.ChunkedArray:
         ],
         pa.string(),
     )
+
+
+def finds_less(manifest: Manifest) -> bool:
+    """Whether a segment may be of the second format: until it is published again, less is found in it."""
+    return "remainders.safetensors" in manifest.files and manifest.settings.get("format", 2) < FORMAT
+
+
+def found_less(count: int) -> str:
+    """What an operator is told of so many segments that :func:`finds_less` is true of."""
+    which = "a segment was" if count == 1 else f"{count:,} segments were"
+    return f"{which} written by an earlier ACE, and may find a little less: `ace publish` writes them anew (no refit)"
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Segment:
         verify_files(folder, self.manifest, hashes=verify)
         if "vectors.safetensors" in self.manifest.files:
             raise StoreError(
-                f"a segment of format 1 (this ACE reads 2 and {FORMAT})",
+                f"a segment of format 1 (this ACE reads 2 to {FORMAT})",
                 where=folder,
                 remedy="Run `ace publish` again.",
             )

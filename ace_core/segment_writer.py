@@ -24,7 +24,7 @@ from ace_core.identifiers import check_identifiers, sort_order
 from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, hash_folder, write_manifest
 from ace_core.scoring import Remainders
-from ace_core.segment import ITEM_COLUMNS, LOOKUPS, item_versions
+from ace_core.segment import FORMAT, ITEM_COLUMNS, LOOKUPS, item_versions
 
 _WAITING = 65_536  # rows collected before they are put in their buckets
 _BUCKETS = 256
@@ -156,7 +156,7 @@ class SegmentWriter:
             kind="segment",
             id=segment_id,
             inputs=inputs,
-            settings={"corpus_root": corpus_root, "vocab_sizes": list(self._vocab_sizes)},
+            settings={"format": FORMAT, "corpus_root": corpus_root, "vocab_sizes": list(self._vocab_sizes)},
             metrics={"items": self._count, **metrics},
             files=hash_folder(self._folder),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import get_args
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from ace_core.errors import StoreError
 from ace_core.manifest import MANIFEST_NAME, Manifest, PartKind
+from ace_core.segment import finds_less, found_less
 from ace_core.snapshot import SnapshotManifest
 from ace_store import Store
 from ace_store.store import folder_of
@@ -72,7 +74,15 @@ def status_table(store: Store) -> Table:
     elif all(m.id != current for m in snapshots):
         names = "no snapshot" if current is None else f"snapshot {current}, which is gone"
         table.caption += f". CURRENT names {names}: choose one with `ace rollback ID`."
+    if older := _older_segments(sizes["segment"], snapshots, current):
+        table.caption += f".\nIn the current snapshot {found_less(older)}."
     return table
+
+
+def _older_segments(segments: Sequence[Held], snapshots: Sequence[Manifest], current: str | None) -> int:
+    """How many of the current snapshot's segments an earlier ACE wrote."""
+    mine = {part.id for m in snapshots if m.id == current and isinstance(m, SnapshotManifest) for part in m.segments}
+    return sum(finds_less(held.manifest) for held in segments if held.manifest.id in mine)
 
 
 def gc_stage(store: Store, reporter: Reporter, *, keep: int, min_age: timedelta, dry_run: bool) -> list[str]:

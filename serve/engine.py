@@ -24,6 +24,7 @@ from ace_core.errors import AceError, MediaError, ModelError, QueryError, StoreE
 from ace_core.items import Modality
 from ace_core.query import Example, Hit, SearchRequest
 from ace_core.retriever import Retriever
+from ace_core.segment import finds_less, found_less
 from ace_store.store import Store
 from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
 
@@ -248,7 +249,7 @@ class Engine:
             _log.error("snapshot %s is not served: %s", wanted, e)
 
     def _open(self, snapshot_id: str, before: Retriever | None) -> Retriever:
-        return Retriever.open(
+        opened = Retriever.open(
             self._store.mirror(snapshot_id),
             snapshot_id,
             settings=self._settings,
@@ -256,6 +257,9 @@ class Engine:
             device=self._device,
             text_encoder=before.queries.text_encoder if before else None,
         )
+        if older := sum(finds_less(segment.manifest) for segment in opened.snapshot.segments):
+            _log.warning("of snapshot %s, %s", snapshot_id, found_less(older))
+        return opened
 
     def _change(self, fresh: Retriever) -> None:
         fresh.search([_PROBE_TEXT], k=1)

@@ -265,6 +265,24 @@ def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str])
     assert str(last) in out and re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", out)
 
 
+def test_status_says_of_older_segments_what_rewrites_them(
+    copy: Copy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older segment may find less, and nothing else would tell; its inputs did not change, yet it is written anew."""
+    quiet, status = Reporter(quiet=True), ["status", "--store", copy.settings.store]
+    with monkeypatch.context() as patch:
+        for module in ("pipelines.publish", "ace_core.segment_writer"):
+            patch.setattr(f"{module}.FORMAT", 3)
+        older = publish_stage(copy.settings, copy.store, quiet)
+    assert cli.main(status) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "In the current snapshot a segment was written by an earlier ACE" in said and "`ace publish`" in said
+    newer = publish_stage(copy.settings, copy.store, quiet)
+    assert newer.segments != older.segments
+    assert cli.main(status) == 0
+    assert "earlier ACE" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_segment_whose_index_spells_something_else_is_not_published(copy: Copy) -> None:
     """Hashes agree and counts agree: only following the index to the items shows it."""
     before = copy.store.current()

@@ -243,6 +243,18 @@ def test_a_snapshot_that_fails_its_checks_is_refused(engine: Engine, tiny: TinyS
     assert engine.state().refused is None and engine.state().reason is None
 
 
+def test_the_log_says_that_an_older_segment_finds_less(
+    tiny: TinyStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.segment("whole", 0, 60, stored=True)
+    monkeypatch.setattr("ace_core.segment_writer.FORMAT", 3)
+    tiny.segment("older", 60, 60, stored=True)
+    tiny.publish("mixed", ["whole", "older"])
+    Engine(str(tiny.path), replica="r1", settings=SearchSettings(), device="cpu", threads=1)
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("of snapshot mixed, a segment was written by an earlier ACE") and "`ace publish`" in said
+
+
 def test_a_store_that_cannot_be_read_does_not_stop_the_replica(engine: Engine, tiny: TinyStore) -> None:
     current = tiny.path / "CURRENT"
     kept = current.read_text()
