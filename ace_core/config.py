@@ -35,6 +35,9 @@ class CorpusSettings(Section):
     )
     id_column: str = Field("item_id", description="column with the item's id; without one, it is the path or the row")
     listed_only: bool = Field(False, description="leave out media that the captions file does not name")
+    tries: int = Field(
+        3, ge=1, description="ingestions that try a file that timed out, crashed its decoder or ran out of memory"
+    )
     shard_items: int = Field(2048, ge=1, description="items written together: what a killed ingestion may repeat")
     shard_seconds: float = Field(10, gt=0, description="a shard is written at least this often")
 

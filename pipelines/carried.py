@@ -2,13 +2,12 @@
 
 A file is known by its id, its place and its stamp (size and time). An embedding holds as long as the encoder does; a
 verdict on a bad file or segment, moreover, as long as the limits and the decoders, and only where the file itself is
-the cause: otherwise the whole file is decoded again.
+the cause or was tried often enough (pipelines/tries.py): otherwise the whole file is decoded again.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +16,10 @@ from ace_core.config import LimitSettings
 from ace_core.features import embeddings_of
 from ace_core.items import Modality
 from ace_core.manifest import MANIFEST_NAME, code_version, fingerprint
-from ace_core.media.causes import PASSING
 from ace_store import Store
 from pipelines.encode import KnownEmbeddings, Span
-from pipelines.shards import BAD_SCHEMA, PartWriter, Shard, committed_shards, file_ids, item_rows
+from pipelines.shards import PartWriter, bad_rows, committed_shards, file_ids, item_rows
+from pipelines.tries import Tries
 
 _DECODERS = ("pillow", "soundfile", "av", "decord")
 
@@ -52,7 +51,7 @@ def earlier_parts(store: Store, part_id: str) -> list[str]:
 
 
 def carry_over(
-    writer: PartWriter, modality: Modality, encoder: str, wanted: pa.Table, parts: list[str]
+    writer: PartWriter, modality: Modality, encoder: str, wanted: pa.Table, parts: list[str], tries: Tries
 ) -> tuple[int, int, KnownEmbeddings]:
     """Copy the embeddings of files that did not change from earlier parts, and which of them are bad; captions and
     attributes are the new ones.
@@ -60,6 +59,7 @@ def carry_over(
     Args:
         wanted: rows of ``LISTING_SCHEMA`` that have no embedding yet.
         parts: ids of earlier features parts.
+        tries: which bad files are to be tried again though they did not change.
 
     Returns:
         how many good files were carried over, how many bad ones, and where the other embeddings are by content.
@@ -80,11 +80,11 @@ def carry_over(
         for shard in committed_shards(store, part):
             if shard.modality != modality or shard.encoder != encoder:
                 continue
-            errors = _errors(store, part, shard)
+            errors = bad_rows(store, part, shard)
             holed = {row["file_id"] for row in errors}  # by its content, only all of a file is known
             errors = [row for row in errors if same(row["file_id"], row["uri"], row["stamp"]) is not None]
             stands = shard.judged == writer.judged
-            again = {row["file_id"] for row in errors if not stands or row["cause"] in PASSING}
+            again = {row["file_id"] for row in errors if not stands or tries.again(row)}
             carried: set[str] = set()  # all that there is of a file is in one shard
             if shard.items_file is not None:
                 path = store.path("features", part, shard.items_file)
@@ -116,13 +116,3 @@ def carry_over(
                 del row_of[file_id]
     buffer.flush()
     return good, bad, KnownEmbeddings(store.filesystem, known)
-
-
-def _errors(store: Store, part: str, shard: Shard) -> list[dict[str, Any]]:
-    """A shard's rows of :data:`BAD_SCHEMA`; none where it was written before stamps were."""
-    if shard.errors_file is None or not shard.judged:
-        return []
-    path = store.path("features", part, shard.errors_file)
-    table = pq.read_table(path, filesystem=store.filesystem, partitioning=None)
-    rows: list[dict[str, Any]] = table.select(BAD_SCHEMA.names).to_pylist()
-    return rows

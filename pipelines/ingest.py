@@ -30,6 +30,8 @@ from pipelines.encode import EncodeCorpus, EncodeItems, KnownEmbeddings, Modalit
 from pipelines.progress import Reporter, counted, counted_items, duration
 from pipelines.shards import (
     PartWriter,
+    bad_rows,
+    committed_shards,
     indexed_files,
     item_rows,
     not_in,
@@ -37,6 +39,7 @@ from pipelines.shards import (
     some_errors,
 )
 from pipelines.sources import Listing, list_corpus
+from pipelines.tries import Tries
 
 SHOWN = 5  # bad files named in the terminal
 _AT_ONCE = {"log-mel": 16}  # groups of files that a call gets of encoders that take milliseconds a file ...
@@ -45,7 +48,8 @@ _CALL_BYTES = 8 << 20  # ... unless files of this corpus are long
 
 def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     """Make the features part of the corpus as it is now. When the store has it, nothing is done, but for files whose
-    cause may have passed: these are tried again, and give a new part if any of them can be used now.
+    cause may have passed: these are tried again (``corpus.tries`` times in all), and give a new part if any of them can
+    be used now.
 
     Raises:
         CorpusError: the corpus cannot be used, or not one of its files can.
@@ -58,27 +62,30 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
     identities = encoder_identities(settings, present)
     marks = {m: encoder_mark(settings, m, identity) for m, identity in identities.items()}
     made_of = fingerprint("features", listing.root, listing.digest(), marks, settings.limits.model_dump())
+    judged, corpus = judged_by(settings.limits), settings.corpus
+    tries = Tries.read(store, fingerprint(judged, marks), corpus.tries)
     done = _done(store, made_of)
     if done is not None:
         store.set_latest("features", done.id)
-        if not (again := _passing(done.metrics["errors"])):
+        if not (again := {row["file_id"] for row in _passing_rows(done, store) if tries.again(row)}):
             reporter.say(f"features {done.id}: nothing changed, nothing to do")
-            _report_bad(done, store, reporter)
+            _report_bad(done, store, tries, reporter)
             return done
-        files = counted(again, "file")
+        files = counted(len(again), "file")
         reporter.say(f"features {done.id}: nothing changed; trying again what may have passed: {files}")
     part_id = made_of if done is None else _again(done)
-    judged, corpus = judged_by(settings.limits), settings.corpus
     writer = PartWriter.resume(store, part_id, corpus.shard_items, corpus.shard_seconds, judged)
-    left = [_left(writer, listing, modality, marks[modality], reporter) for modality in present]
-    _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], reporter)
-    if done is not None and _outcome(writer) == (sum(done.metrics["items"].values()), _passing(done.metrics["errors"])):
+    left = [_left(writer, listing, modality, marks[modality], tries, reporter) for modality in present]
+    _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], tries, reporter)
+    tries.write(set(listing.items.column("item_id").to_pylist()))
+    # More of a file may be bad than was: what could be used before is not given up for that.
+    if done is not None and sum(shard.items for shard in writer.shards) <= sum(done.metrics["items"].values()):
         store.delete(f"features/{part_id}")
         reporter.say(f"features {done.id}: as they were, none of it can be used yet")
-        _report_bad(done, store, reporter)
+        _report_bad(done, store, tries, reporter)
         return done
     manifest = _seal(settings, made_of, writer, listing, identities, time.monotonic() - started, reporter)
-    _summarise(manifest, store, reporter)
+    _summarise(manifest, store, tries, reporter)
     return manifest
 
 
@@ -103,9 +110,12 @@ def _passing(causes: Mapping[str, int]) -> int:
     return sum(count for cause, count in causes.items() if cause in PASSING)
 
 
-def _outcome(writer: PartWriter) -> tuple[int, int]:
-    """Items, and files that may be good another time."""
-    return sum(shard.items for shard in writer.shards), sum(_passing(shard.errors) for shard in writer.shards)
+def _passing_rows(manifest: Manifest, store: Store) -> list[dict[str, Any]]:
+    """Those of a part's bad files and segments whose cause may pass, as rows of ``BAD_SCHEMA``."""
+    if not _passing(manifest.metrics["errors"]):
+        return []
+    shards = [shard for shard in committed_shards(store, manifest.id) if _passing(shard.errors)]
+    return [row for shard in shards for row in bad_rows(store, manifest.id, shard) if row["cause"] in PASSING]
 
 
 def encoder_identities(settings: Settings, modalities: list[Modality]) -> dict[str, str]:
@@ -131,14 +141,16 @@ class _Left:
     known: KnownEmbeddings
 
 
-def _left(writer: PartWriter, listing: Listing, modality: Modality, encoder: str, reporter: Reporter) -> _Left:
+def _left(
+    writer: PartWriter, listing: Listing, modality: Modality, encoder: str, tries: Tries, reporter: Reporter
+) -> _Left:
     """Take over what earlier runs did of a modality."""
     listed = listing.of(modality)
     missing = not_in(listed, writer.done_ids(modality))
     if missing.num_rows < listed.num_rows:
         reporter.say(f"{modality.value}: {listed.num_rows - missing.num_rows:,} done in an earlier run")
     parts = earlier_parts(writer.store, writer.part_id)
-    good, bad, known = carry_over(writer, modality, encoder, missing, parts)
+    good, bad, known = carry_over(writer, modality, encoder, missing, parts, tries)
     if good or bad:
         still_bad = f", {bad:,} known to be bad and not tried again" if bad else ""
         reporter.say(f"{modality.value}: {good:,} unchanged since the last ingestion{still_bad}")
@@ -146,7 +158,9 @@ def _left(writer: PartWriter, listing: Listing, modality: Modality, encoder: str
     return _Left(modality, encoder, missing, known)
 
 
-def _encode_left(settings: Settings, writer: PartWriter, corpus: str, left: list[_Left], reporter: Reporter) -> None:
+def _encode_left(
+    settings: Settings, writer: PartWriter, corpus: str, left: list[_Left], tries: Tries, reporter: Reporter
+) -> None:
     """Encode all that is left, and write it."""
     if not left:
         return
@@ -162,7 +176,9 @@ def _encode_left(settings: Settings, writer: PartWriter, corpus: str, left: list
                 hashes = pa.array(result["content_hash"][good], pa.string())
                 start, end = (pa.array(result[name][good], from_pandas=True) for name in ("start", "end"))
                 items = item_rows(rows.take(pa.array(good)), hashes, result["embedding"][good], start, end)
-            buffers[modality].add(items, _error_rows(rows, result, failed), reused=int(result["reused"].sum()))
+            errors = _error_rows(rows, result, failed)
+            tries.failed(errors)
+            buffers[modality].add(items, errors, reused=int(result["reused"].sum()))
             bad += len(failed)
             step.advance(len(np.unique(result["row"])), f"{bad:,} bad" if bad else "")
         for buffer in buffers.values():
@@ -274,24 +290,34 @@ def _disappeared(store: Store, listing: Listing, reporter: Reporter) -> int:
     return len(gone)
 
 
-def _summarise(manifest: Manifest, store: Store, reporter: Reporter) -> None:
+def _summarise(manifest: Manifest, store: Store, tries: Tries, reporter: Reporter) -> None:
     metrics = manifest.metrics
     reporter.say(f"features {manifest.id}: {counted_items(metrics['items'])} in {duration(metrics['seconds'])}")
-    _report_bad(manifest, store, reporter)
+    _report_bad(manifest, store, tries, reporter)
 
 
-def _report_bad(manifest: Manifest, store: Store, reporter: Reporter) -> None:
+def _report_bad(manifest: Manifest, store: Store, tries: Tries, reporter: Reporter) -> None:
     metrics = manifest.metrics
-    if metrics["errors"]:
-        passing = [cause for cause in metrics["errors"] if cause in PASSING]
-        total = counted(sum(metrics["errors"].values()), "file")
-        reporter.say(f"  {total} could not be used: {_counted(Counter(metrics['errors']))}")
-        names = [name for name in manifest.files if name.startswith("errors/")]
-        for row in some_errors(store, manifest.id, names, SHOWN):
-            reporter.say(f"    {_told(row)}")
-        reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
-        also = "; by the next `ace ingest` after " + " or ".join(passing) if passing else ""
-        reporter.say(f"  one is tried again when it changes (`touch` it), or the limits or its encoder do{also}")
+    if not metrics["errors"]:
+        return
+    total = counted(sum(metrics["errors"].values()), "file")
+    reporter.say(f"  {total} could not be used: {_counted(Counter(metrics['errors']))}")
+    names = [name for name in manifest.files if name.startswith("errors/")]
+    for row in some_errors(store, manifest.id, names, SHOWN):
+        reporter.say(f"    {_told(row)}")
+    reporter.say(f"  all of them, with their reasons: {store.path('features', manifest.id, 'errors')} (Parquet)")
+    passing = _passing_rows(manifest, store)
+    causes = sorted({row["cause"] for row in passing if tries.again(row)})
+    also = "; by the next `ace ingest` after " + " or ".join(causes) if causes else ""
+    reporter.say(f"  one is tried again when it changes (`touch` it), or the limits or its encoder do{also}")
+    if given_up := {row["file_id"]: row for row in passing if not tries.again(row)}:
+        some = "; ".join(f"{row['uri']}: {row['cause']}" for row in list(given_up.values())[:SHOWN])
+        more = "; ..." if len(given_up) > SHOWN else ""
+        most = max(map(tries.count, given_up.values()))
+        reporter.say(
+            f"  {counted(len(given_up), 'file')} tried {most} times and left alone from now on ({some}{more}); to try "
+            f"again: `touch`, or --set corpus.tries={most + 1}"
+        )
 
 
 def _told(row: dict[str, str]) -> str:

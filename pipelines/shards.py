@@ -188,6 +188,16 @@ def committed_shards(store: Store, part_id: str) -> list[Shard]:
     return shards
 
 
+def bad_rows(store: Store, part_id: str, shard: Shard) -> list[dict[str, Any]]:
+    """A shard's rows of :data:`BAD_SCHEMA`; none where it was written before stamps were."""
+    if shard.errors_file is None or not shard.judged:
+        return []
+    path = store.path("features", part_id, shard.errors_file)
+    table = pq.read_table(path, filesystem=store.filesystem, partitioning=None)
+    rows: list[dict[str, Any]] = table.select(BAD_SCHEMA.names).to_pylist()
+    return rows
+
+
 def some_errors(store: Store, part_id: str, names: Iterable[str], limit: int) -> list[dict[str, str]]:
     """The first rows of ``ERRORS_SCHEMA`` in some error files (paths in the part) of a features part."""
     rows: list[dict[str, str]] = []

@@ -124,11 +124,8 @@ def test_a_verdict_ends_with_the_limits_and_decoders_that_gave_it(
     assert corpus.decoded == ["junk.wav"]
 
 
-@pytest.mark.parametrize("cause", sorted(PASSING))
-def test_what_may_be_the_machines_fault_is_tried_again(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, cause: str
-) -> None:
-    (corpus.folder / "bad.wav").write_bytes(b"junk")
+def _always(monkeypatch: pytest.MonkeyPatch, cause: str) -> None:
+    """What cannot be used fails for this cause."""
     call: Callable[..., dict[str, np.ndarray]] = EncodeItems.__call__
 
     def failing(self: EncodeItems, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -137,6 +134,14 @@ def test_what_may_be_the_machines_fault_is_tried_again(
         return result
 
     monkeypatch.setattr(EncodeItems, "__call__", failing)
+
+
+@pytest.mark.parametrize("cause", sorted(PASSING))
+def test_what_may_be_the_machines_fault_is_tried_again(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    (corpus.folder / "bad.wav").write_bytes(b"junk")
+    _always(monkeypatch, cause)
     assert corpus.errors(corpus.ingest()) == {"bad.wav": cause}
     corpus.caption("one tone")
     assert corpus.errors(corpus.ingest()) == {"bad.wav": cause} and corpus.decoded == ["bad.wav"]
@@ -167,6 +172,66 @@ def test_what_may_have_passed_is_tried_again_though_nothing_changed(
     assert again.metrics["items"] == {"audio": 3} and again.metrics["reused"] == {"audio": 2}
     corpus.store.delete_part("features", first.id)  # as `ace gc` does
     assert corpus.ingest().id == again.id and corpus.decoded == [] and "nothing to do" in corpus.said
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_what_fails_every_time_is_left_alone_in_the_end(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, changing: bool
+) -> None:
+    """A sound that always takes too long costs its time three times, whether the corpus changes in between or not."""
+    (corpus.folder / "slow.wav").write_bytes(b"junk")
+    _always(monkeypatch, "timeout")
+
+    def ingest(*changes: str) -> str:
+        if changing:
+            corpus.caption(f"tone {os.urandom(4).hex()}")
+        return corpus.ingest(*changes).id
+
+    first = ingest()
+    for _ in range(2):
+        assert "slow.wav" in corpus.decoded or not changing
+        assert "by the next `ace ingest` after timeout" in corpus.said and "left alone" not in corpus.said
+        ingest()
+        assert corpus.decoded == ["slow.wav"]
+    for _ in range(2):
+        assert "1 file tried 3 times and left alone from now on (slow.wav: timeout)" in corpus.said
+        assert "by the next" not in corpus.said and "corpus.tries=4" in corpus.said
+        last = ingest()
+        assert corpus.decoded == [] and (last == first) != changing
+
+    ingest("corpus.tries=4")
+    assert corpus.decoded == ["slow.wav"] and "corpus.tries=5" in corpus.said
+    stat = (corpus.folder / "slow.wav").stat()
+    os.utime(corpus.folder / "slow.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    for decoded in (["slow.wav"],) * 3 + ([],):
+        ingest()
+        assert corpus.decoded == decoded
+    ingest("limits.decode_seconds=90")
+    assert corpus.decoded == ["slow.wav"] and "left alone" not in corpus.said
+
+
+def test_what_storage_does_not_give_is_asked_for_every_time(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That costs nothing, and neither size nor time of a file tell that it may be read now."""
+    (corpus.folder / "locked.wav").write_bytes(b"junk")
+    _always(monkeypatch, "unreadable")
+    for _ in range(5):
+        corpus.ingest()
+        assert "locked.wav" in corpus.decoded and "left alone" not in corpus.said
+
+
+def test_trying_again_never_takes_away_what_could_be_used(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of a file is tried for one of its segments; on a busier machine than the first time, all may fail."""
+    cut = _with_a_hole(corpus)
+    _always(monkeypatch, "timeout")
+    first = corpus.ingest(*cut)
+    assert first.metrics["items"]["audio"] > 2
+
+    def busy(self: IsolatedDecoder, files: list[bytes], most: float) -> list[Answer]:
+        return [no_memory()] * len(files)
+
+    monkeypatch.setattr(IsolatedDecoder, "wholes", busy)
+    again = corpus.ingest(*cut)
+    assert corpus.decoded == ["hole.flac"] and again.id == first.id and "as they were" in corpus.said
 
 
 def test_a_corpus_of_which_nothing_could_be_used_for_now_is_tried_again(

@@ -268,7 +268,7 @@ def test_gc_keeps_what_is_needed(copy: Copy, capsys: pytest.CaptureFixture[str])
 def test_status_says_of_older_segments_what_rewrites_them(
     copy: Copy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older segment may find less, and nothing else would tell; its inputs did not change, yet it is written anew."""
+    """An older segment may find less, and nothing else tells. Its inputs did not change, yet it is written anew."""
     quiet, status = Reporter(quiet=True), ["status", "--store", copy.settings.store]
     with monkeypatch.context() as patch:
         for module in ("pipelines.publish", "ace_core.segment_writer"):

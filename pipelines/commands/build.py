@@ -19,8 +19,8 @@ def ingest(config: ConfigOption = None, changes: SetOption = None, store: StoreO
     webdataset of tar shards, or a table of uris or bytes. Unchanged files are
     not encoded again. Files that cannot be used are named and kept in a table,
     each with its cause; they never stop the rest, and are tried again once they
-    change ([bold]touch[/bold] one to try it as it is), or by the next ingestion where
-    the cause may have passed (a timeout, memory that ran out, ...).
+    change ([bold]touch[/bold] one to try it as it is), or by the next ingestions where
+    the cause may have passed (a timeout, memory that ran out, ...; [bold]corpus.tries[/bold]).
     """
     from pipelines.ingest import ingest as stage
 
