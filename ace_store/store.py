@@ -208,19 +208,23 @@ class Store(Files):
     def local_copy(self, kind: PartKind, part_id: str) -> Path:
         """The part as a local folder: itself in a local store, a mirror in the cache for a remote one.
 
+        An id stands for what a part was made from, not for what came out of it: one that was deleted and made again is
+        mirrored again.
+
         Raises:
             StoreError: there is no such finished part.
         """
-        if self.find(kind, part_id) is None:
+        name = f"{folder_of(kind)}/{part_id}"
+        wanted = self.read_bytes(f"{name}/{MANIFEST_NAME}")
+        if wanted is None:
             raise StoreError(
                 f"there is no {kind} {part_id}", where=self.uri, remedy=f"Run `{_STAGES[kind]}`, or check the id."
             )
-        name = f"{folder_of(kind)}/{part_id}"
         if self.local is not None:
             return self.local / name
         assert self._cache is not None
         home = self._cache / name
-        if (home / MANIFEST_NAME).exists():
+        if _manifest_in(home) == wanted:
             return home
         home.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=home.parent, prefix=".mirror-"))
@@ -231,6 +235,8 @@ class Store(Files):
                 source_filesystem=self.filesystem,
                 destination_filesystem=fs.LocalFileSystem(),
             )
+            if _manifest_in(home) not in (None, wanted):
+                (home / MANIFEST_NAME).unlink(missing_ok=True)
             take_place(building, home)
         except OSError as e:
             raise self._unreachable(e) from None
@@ -240,6 +246,7 @@ class Store(Files):
 
     def mirror(self, snapshot_id: str | None = None) -> Path:
         """A local folder that reads as a store with this snapshot (by default the current one) and all it names.
+        Mirrors of parts that were deleted from the store meanwhile go.
 
         Raises:
             StoreError: nothing is published, or a part is missing.
@@ -248,6 +255,7 @@ class Store(Files):
         if self.local is not None:
             return self.local
         assert self._cache is not None
+        self._forget_deleted(self._cache)
         self.local_copy("snapshot", snapshot_id)
         manifest = self.snapshot(snapshot_id)
         for segment in manifest.segments:
@@ -259,6 +267,12 @@ class Store(Files):
             json.dump({"snapshot": snapshot_id}, f)
         Path(pointer).replace(self._cache / CURRENT_NAME)
         return self._cache
+
+    def _forget_deleted(self, cache: Path) -> None:
+        """Without this the disk of a server that follows ``CURRENT`` would fill up with what it once served."""
+        for manifest in cache.glob(f"*/*/{MANIFEST_NAME}"):
+            if not manifest.parent.name.startswith(".") and not self.exists(manifest.relative_to(cache).as_posix()):
+                shutil.rmtree(manifest.parent, ignore_errors=True)
 
     # -- CURRENT -------------------------------------------------------------------------------------------
 
@@ -284,6 +298,13 @@ class Store(Files):
         :func:`ace_store.current.move_current`."""
         self._mark()
         return move_current(self.location, snapshot_id, seen)
+
+
+def _manifest_in(folder: Path) -> bytes | None:
+    try:
+        return (folder / MANIFEST_NAME).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def take_place(building: Path, home: Path) -> None:

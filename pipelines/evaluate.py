@@ -136,6 +136,12 @@ def query_kinds(store: Store, snapshot: SnapshotManifest, corpus: Corpus, settin
         kinds["added"] = Pairs(np.array([r for r, _ in added], np.int64), [t for _, t in added])
     limit, seed = settings.evaluation.max_queries, settings.compute.seed
     kinds = {name: pairs.sample(limit, seed) for name, pairs in kinds.items() if len(pairs)}
+    if not kinds and len(split.val_shared) and not len(split.val_queries):
+        raise CorpusError(
+            "every caption that was kept out of training is another item's, too: none asks for one item",
+            where=f"snapshot {snapshot.id}",
+            remedy="Searches find such items by what they share. To measure recall, give items captions of their own.",
+        )
     if not kinds:
         raise CorpusError(
             "no caption was kept out of training, so there is nothing to ask",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -235,6 +236,15 @@ def test_paths_are_understood_in_several_forms(three: Path) -> None:
     (three / "told.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = _by_uri(_list(three, "told.jsonl"))
     assert [found[f"pictures/{n}.png"]["captions"] for n in "abc"] == [["absolute"], ["dotted"], ["name only"]]
+
+
+def test_accents_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    """A corpus that was packed on macOS has letters and accents apart; a table typed elsewhere has them in one."""
+    write_picture(tmp_path / "été" / unicodedata.normalize("NFD", "forêt.png"), "red", "square")
+    composed = unicodedata.normalize("NFC", "été/forêt.png")
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": composed, "caption": "a forest"}))
+    (row,) = _list(tmp_path).items.to_pylist()
+    assert row["captions"] == ["a forest"] and unicodedata.normalize("NFC", row["uri"]) == composed != row["uri"]
 
 
 @pytest.mark.parametrize(

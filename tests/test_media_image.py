@@ -223,6 +223,7 @@ def test_too_little_memory_is_no_fault_of_the_file(
 def test_kinds() -> None:
     assert modality_of("a/b/Cat.JPEG") is Modality.IMAGE and mime_of("cat.png") == "image/png"
     assert modality_of("https://host/x.webm?token=1.mp3") is Modality.VIDEO
+    assert modality_of("quiz/what is it? 1.jpg") is Modality.IMAGE and mime_of("why?.ogg") == "audio/ogg"
     assert modality_of("notes.txt") is None and mime_of("notes.txt") == "application/octet-stream"
     assert sniff(saved(scene(), "WEBP")) == ".webp" and sniff(b"plain text") is None
     assert sniff(saved(scene(), "BMP")) == ".bmp"

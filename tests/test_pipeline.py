@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ace_core.errors import CorpusError, QualityError, StoreError
+from ace_core.features import split_of
 from ace_core.manifest import Manifest
 from ace_core.ranking import Ranker
 from ace_core.retriever import RANKING_NAME, Retriever
@@ -24,7 +27,8 @@ from ace_core.settings_file import load_settings
 from ace_core.snapshot import Snapshot
 from ace_store import Store
 from pipelines import cli
-from pipelines.evaluate import DUAL_TOWER, MODES, evaluate_stage
+from pipelines.corpus import load_corpus
+from pipelines.evaluate import DUAL_TOWER, MODES, evaluate_stage, query_kinds
 from pipelines.fit_aligner import fit_aligner_stage
 from pipelines.fit_quantizer import fit_quantizer_stage
 from pipelines.ingest import ingest
@@ -104,6 +108,18 @@ def test_the_evaluation_states_its_queries_and_galleries(world: World, capsys: p
     said = capsys.readouterr()
     assert "dual tower" in said.out and "warning: fewer than 50 queries say little (" in said.err
     assert "unseen in audio: " in said.err
+
+
+@pytest.mark.parametrize(("caption", "said"), [("a sound", "another item's, too"), (None, "was kept out of training")])
+def test_why_there_is_nothing_to_ask(world: World, caption: str | None, said: str) -> None:
+    """Captions that name classes are many, and none of them asks for one item."""
+    corpus = load_corpus(world.store, world.snapshot.inputs["features"], world.settings)
+    items = corpus.features.items
+    captions = pa.array([[] if caption is None else [caption]] * items.num_rows, pa.list_(pa.string()))
+    items = items.set_column(items.schema.get_field_index("captions"), "captions", captions)
+    split = split_of(items, world.settings.split)
+    with pytest.raises(CorpusError, match=said):
+        query_kinds(world.store, world.snapshot, replace(corpus, split=split), world.settings)
 
 
 def test_search_prints_a_table_and_json(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,33 @@ def test_a_mirror_gives_way_to_a_faster_one_and_replaces_a_deleted_one(tmp_path:
     assert [p.name for p in home.iterdir()] == [MANIFEST_NAME]
 
 
+def test_a_part_that_was_made_again_is_mirrored_again(tmp_path: Path, s3: str) -> None:
+    """Elsewhere `ace gc` deleted it, and its stage made it again: the same id, another manifest, perhaps other files. A
+    server with the old mirror would refuse every snapshot that names it."""
+    uri = f"s3://bucket/{tmp_path.name}{s3}"
+    elsewhere, server = Store.open(uri, cache=tmp_path / "theirs"), Store.open(uri, cache=tmp_path / "mine")
+    _part(elsewhere, "one", "before")
+    assert (server.local_copy("aligner", "one") / "inner" / "data.txt").read_text() == "before"
+    elsewhere.delete_part("aligner", "one")
+    again = _part(elsewhere, "one", "after")
+    folder = server.local_copy("aligner", "one")
+    assert (folder / "inner" / "data.txt").read_text() == "after"
+    assert json.loads((folder / MANIFEST_NAME).read_text())["created_at"] == again.created_at
+    assert [p.name for p in folder.parent.iterdir()] == ["one"]
+
+
+def test_mirrors_of_deleted_parts_go_with_the_next_snapshot(tmp_path: Path, s3: str) -> None:
+    uri = f"s3://bucket/{tmp_path.name}{s3}"
+    elsewhere, server = Store.open(uri, cache=tmp_path / "theirs"), Store.open(uri, cache=tmp_path / "mine")
+    for name in ("one", "two"):
+        _part(elsewhere, name)
+        server.local_copy("aligner", name)
+    elsewhere.delete_part("aligner", "one")
+    with pytest.raises(StoreError, match="there is no snapshot none"):
+        server.mirror("none")
+    assert [p.name for p in (tmp_path / "mine" / "aligner").iterdir()] == ["two"]
+
+
 def test_current_is_exclusive_on_a_file_system_that_can_create_exclusively(tmp_path: Path) -> None:
     """fsspec's memory:// keeps to mode="create"."""
     import fsspec

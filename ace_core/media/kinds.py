@@ -89,14 +89,20 @@ _SUFFIX_OF_MAGIC: tuple[tuple[int, bytes, str], ...] = (
 
 def modality_of(name: str) -> Modality | None:
     """The modality that a file's name promises, or None when its suffix is not a known kind."""
-    kind = _KINDS.get(PurePosixPath(name.split("?", 1)[0]).suffix.lower())
+    kind = _kind_of(name)
     return kind[0] if kind else None
 
 
 def mime_of(name: str) -> str:
     """The MIME type of a file's name; ``application/octet-stream`` when it is not a known kind."""
-    kind = _KINDS.get(PurePosixPath(name.split("?", 1)[0]).suffix.lower())
+    kind = _kind_of(name)
     return kind[1] if kind else "application/octet-stream"
+
+
+def _kind_of(name: str) -> tuple[Modality, str] | None:
+    """By the suffix; of a URL, by that of what is before its query. A file's name may have question marks, too."""
+    path = name.split("?", 1)[0] if "://" in name else name
+    return _KINDS.get(PurePosixPath(path).suffix.lower())
 
 
 def sniff(data: bytes) -> str | None:

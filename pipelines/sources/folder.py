@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,8 @@ class FolderSource:
         said = read_captions(self._read_captions_file(captions_name), captions_name, self._columns)
         by_name: dict[str, list[str]] = {}
         for name in media:
-            by_name.setdefault(posixpath.basename(name), []).append(name)
+            for key in {name, posixpath.basename(name)}:
+                by_name.setdefault(_composed(key), []).append(name)
         named: set[str] = set()
         for written, entry in said.items():
             target = self._match(written, media, by_name)
@@ -173,15 +175,20 @@ class FolderSource:
         return named
 
     def _match(self, written: str, media: dict[str, Modality], by_name: dict[str, list[str]]) -> str | None:
-        """The media file that is meant: by its relative path, its full path, or a name that only one has."""
+        """The media file that is meant: by its relative path, its full path, or a name that only one has; accents may
+        be written otherwise, for macOS takes letters apart."""
         path = written.replace("\\", "/")
         for start in (self._location.root, self._location.uri.rstrip("/")):
             path = path.removeprefix(start + "/")
         path = posixpath.normpath(path)
         if path in media:
             return path
-        same = by_name.get(path, [])
+        same = by_name.get(_composed(path), [])
         return same[0] if len(same) == 1 else None
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _some(suffixes: Counter[str]) -> str:
