@@ -9,7 +9,7 @@ tokens are scored in one pass when all branches have stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ import torch
 from ace_core.candidates import Candidates
 from ace_core.config import SearchSettings
 from ace_core.constraint import ConstraintIndex
+from ace_core.plan import Scoring, Spelling, spellings
 from ace_core.pool import pooled
 from ace_core.query import QueryBatch
 from ace_core.rows import Rows
+from ace_core.tensor_search import spelled
 from ace_core.tensor_walk import TensorWalk
-from ace_core.walk import MaskAddresses, Masks, Walk, draft_widths
-
-Scoring = Literal["vocabulary", "children"]
-"""Over what a token's probability is normalised: its level's whole vocabulary (comparable between segments, filters
-and snapshots), or the allowed children of its row, where the model is asked about fewer rows."""
+from ace_core.walk import MaskAddresses, Masks, Walk
 
 Segments = Sequence[ConstraintIndex] | Walk | TensorWalk
 """Indexes to search as one; a :class:`Walk` saves preparing them for each call, a :class:`TensorWalk` searches on its
@@ -86,14 +84,7 @@ def beam_search(
     Returns:
         Candidates, of at most ``limit`` columns.
     """
-    renormalise = scoring == "children"
-    with torch.inference_mode():
-        walk = _prepared(segments)
-        if isinstance(walk, TensorWalk):
-            rows = _spell_on_device(model, query, walk, masks, beam, renormalise)
-        else:
-            rows = _spell(model, query, walk, masks, beam, renormalise)
-    return _candidates(walk, rows, masks, limit or 4 * beam)
+    return _found(model, query, segments, masks, Spelling("beam", beam, scoring), limit)
 
 
 def one_shot_search(
@@ -112,13 +103,7 @@ def one_shot_search(
         limit: candidates returned for a query at most; by default two for each of the draft.
         (others as in :func:`beam_search`)
     """
-    walk = _prepared(segments)
-    limit = limit or 2 * draft
-    with torch.inference_mode():
-        if isinstance(walk, Walk):
-            return walk.draft_items(_side_by_side(model, query), draft, walk.masks(masks, len(query)), limit)
-        rows = _draft(model, query, walk, masks, draft)
-    return _candidates(walk, rows, masks, limit)
+    return _found(model, query, segments, masks, Spelling("one-shot", draft), limit)
 
 
 def verified_search(
@@ -134,17 +119,7 @@ def verified_search(
 
     The log-probabilities are those that :func:`beam_search` gives (scoring by vocabulary).
     """
-    walk = _prepared(segments)
-    with torch.inference_mode():
-        rows = _draft(model, query, walk, masks, draft)
-        width = rows.width
-        if width:
-            state = model.start(query)
-            codes = _tensor(rows.codes[:, :width], state.modality_logp.device)
-            first = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
-            exact = torch.cat([first, model.score(state, codes, None, 1)], 2) if walk.levels > 1 else first
-            rows = _reordered(rows, _numpy(exact))
-    return _candidates(walk, rows, masks, limit or 2 * draft)
+    return _found(model, query, segments, masks, Spelling("verify", draft), limit)
 
 
 def search_candidates(
@@ -156,23 +131,34 @@ def search_candidates(
     settings: SearchSettings,
     beam: int | None = None,
 ) -> Candidates:
-    """Search in the mode, and with the widths, of ``settings``; ``beam`` takes the place of ``settings.beam``.
-
-    Where a beam's candidates are ranked again (``settings.rerank``), drafted ones join them (``settings.pool``) with
-    the log-probabilities of the one-shot heads.
-    """
-    beam = beam or settings.beam
-    if settings.mode == "beam":
-        found = beam_search(model, query, segments, masks, beam=beam, scoring=settings.scoring)
-        if not (settings.pool and settings.rerank):
-            return found
-        return pooled(found, one_shot_search(model, query, segments, masks, draft=settings.pool))
-    search = one_shot_search if settings.mode == "one-shot" else verified_search
-    return search(model, query, segments, masks, draft=max(settings.draft, beam))
+    """Search as :func:`~ace_core.plan.spellings` says."""
+    found = [_found(model, query, segments, masks, how, None) for how in spellings(settings, beam)]
+    return found[0] if len(found) == 1 else pooled(*found)
 
 
-def _prepared(segments: Segments) -> Walk | TensorWalk:
-    return segments if isinstance(segments, Walk | TensorWalk) else Walk(segments)
+def candidates(walk: Walk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int) -> Candidates:
+    """Items of rows, which are complete but where the walk ended early because nothing is left."""
+    return walk.collect(rows, walk.masks(masks, len(rows.live)), limit if rows.level == walk.levels else 0)
+
+
+def _found(
+    model: SpellingModel, query: QueryBatch, segments: Segments, masks: Masks | Sequence[Masks] | None, how: Spelling,
+    limit: int | None,
+) -> Candidates:  # fmt: skip
+    walk = segments if isinstance(segments, Walk | TensorWalk) else Walk(segments)
+    limit = limit or how.limit
+    with torch.inference_mode():
+        if isinstance(walk, TensorWalk):
+            on_device = spelled(model, query, walk, walk.masks(masks, len(query)), how)
+            return candidates(walk.host, walk.to_host(on_device.packed()), masks, limit)
+        if how.mode == "beam":
+            return candidates(
+                walk, _spell(model, query, walk, masks, how.width, how.scoring == "children"), masks, limit
+            )
+        log_probs, addresses = _side_by_side(model, query), walk.masks(masks, len(query))
+        if how.mode == "one-shot":
+            return walk.draft_items(log_probs, how.width, addresses, limit)
+        return candidates(walk, _verified(model, query, walk.draft(log_probs, how.width, addresses)), masks, limit)
 
 
 def _spell(
@@ -269,32 +255,17 @@ def _allowed_below(walk: Walk, rows: Rows, masks: Sequence[Masks]) -> np.ndarray
     return counts
 
 
-def _spell_on_device(
-    model: SpellingModel, query: QueryBatch, walk: TensorWalk, masks: Masks | Sequence[Masks] | None,
-    beam: int, renormalise: bool,
-) -> Rows:  # fmt: skip
-    """:func:`_spell` without looking at the data until the end."""
-    on_device = walk.masks(masks, len(query))
-    rows = walk.root(len(query))
+def _verified(model: SpellingModel, query: QueryBatch, rows: Rows) -> Rows:
+    """Complete rows by the decoder's scores of their tokens, in one pass."""
+    width = rows.width
+    if not width:
+        return rows
     state = model.start(query)
-    log_probs = state.modality_logp[:, None, :]
-    for level in range(walk.levels):
-        if level:
-            log_probs, state = model.step(state, rows.codes[..., -1], rows.parent if level > 1 else None, level)
-        rows = walk.expand(rows, log_probs, beam, on_device, renormalise=renormalise)
-    return walk.to_host(rows)
-
-
-def _draft(
-    model: SpellingModel, query: QueryBatch, walk: Walk | TensorWalk, masks: Masks | Sequence[Masks] | None, keep: int
-) -> Rows:  # fmt: skip
-    if isinstance(walk, Walk):
-        return walk.draft(_side_by_side(model, query), keep, walk.masks(masks, len(query)))
-    on_device = walk.masks(masks, len(query))
-    rows = walk.root(len(query))
-    for log_probs, width in zip(model.one_shot(query), draft_widths(keep, walk.levels, walk.host.depth)):
-        rows = walk.expand(rows, log_probs[:, None, :], width, on_device)
-    return walk.to_host(rows)
+    codes = _tensor(rows.codes[:, :width], state.modality_logp.device)
+    exact = torch.gather(state.modality_logp, 1, codes[..., 0])[..., None]
+    if rows.levels > 1:
+        exact = torch.cat([exact, model.score(state, codes, None, 1)], 2)
+    return _reordered(rows, _numpy(exact))
 
 
 def _side_by_side(model: SpellingModel, query: QueryBatch) -> np.ndarray:
@@ -321,9 +292,3 @@ def _tensor(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def _numpy(log_probs: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(log_probs.detach().cpu().numpy())
-
-
-def _candidates(walk: Walk | TensorWalk, rows: Rows, masks: Masks | Sequence[Masks] | None, limit: int) -> Candidates:
-    """Items of rows, which are complete but where the walk ended early because nothing is left."""
-    walk = walk.host if isinstance(walk, TensorWalk) else walk
-    return walk.collect(rows, walk.masks(masks, len(rows.live)), limit if rows.level == walk.levels else 0)

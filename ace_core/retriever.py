@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +31,22 @@ from ace_core.generator.model import Generator
 from ace_core.generator.read_once import ReadOnce
 from ace_core.items import MODALITIES, Modality
 from ace_core.no_hits import why_nothing
+from ace_core.plan import spellings
 from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
 from ace_core.query_encoder import QueryEncoder
 from ace_core.ranking import Ranker
+from ace_core.replay import Replay
 from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
 from ace_core.space import cosine
 from ace_core.tensor_walk import TensorWalk
-from ace_core.walk import Walk
+from ace_core.walk import Masks, Walk
 
 RANKING_NAME = "ranking.json"
 _MASK_CACHE = 64
+_PROBE = "a"
 
 GENERATOR_ONLY = Ranker(generator=1.0, similarity=0.0)
 """`search.rerank: false`: the generator's own order."""
@@ -71,7 +75,11 @@ class Retriever:
         self._ranker = ranker
         self._galleries = [segment.gallery for segment in snapshot.segments]
         indexes = [gallery.index for gallery in self._galleries]
-        self._walk = Walk(indexes) if device == "cpu" else TensorWalk(indexes, device)
+        self._walk: Walk | Replay
+        if device == "cpu":
+            self._walk = Walk(indexes)
+        else:
+            self._walk = Replay(partial(ReadOnce, self._generator), TensorWalk(indexes, device))
         self._masks: OrderedDict[str, list[ItemMask | None]] = OrderedDict()
         self._notes: OrderedDict[str, str] = OrderedDict()
 
@@ -159,16 +167,8 @@ class Retriever:
         for (mode, beam), numbers in groups.items():
             assert queries is not None
             batch = queries if len(groups) == 1 else queries[torch.tensor(numbers)]
-            model = ReadOnce(self._generator, batch)
             masks = [self._item_masks(requests[number]) for number in numbers]
-            candidates = search_candidates(
-                model,
-                batch,
-                self._walk,
-                masks,
-                settings=self.settings.model_copy(update={"mode": mode}),
-                beam=beam,
-            )
+            model, candidates = self._candidates(batch, masks, mode, beam)
             kept = [requests[number].k or self.settings.k for number in numbers]
             best = None
             if any(requests[number].filters for number in numbers):
@@ -178,6 +178,14 @@ class Retriever:
             for number, hits in zip(numbers, self._rank(model.vector, candidates, kept, best, asked_for)):
                 answers[number] = hits
         return answers
+
+    def warm(self) -> None:
+        """Make what a first search would wait for: on an accelerator, captures of the searches that are asked for most
+        (a short text, in the settings' mode, unfiltered), in batches of every size."""
+        request, beam = SearchRequest(text=_PROBE), max(self.settings.beam, self.settings.k)
+        self.search_batch([request])
+        if isinstance(self._walk, Replay):
+            self._walk.warm(self.queries.batch([request]), self._item_masks(request), spellings(self.settings, beam))
 
     def why_nothing(self, modalities: Sequence[Modality], filters: Mapping[str, FilterValue]) -> str:
         """Why a search of these modalities, under these filters, finds nothing at all: one sentence, with the values
@@ -215,19 +223,25 @@ class Retriever:
             self._masks.popitem(last=False)
         return masks
 
+    def _candidates(
+        self, batch: QueryBatch, masks: Sequence[Masks], mode: Mode, beam: int, model: ReadOnce | None = None
+    ) -> tuple[ReadOnce, Candidates]:
+        """What a search finds under each query's masks, and the generator that has read the queries (``model``, where
+        it has)."""
+        settings = self.settings.model_copy(update={"mode": mode})
+        if isinstance(self._walk, Replay):
+            vector, found = self._walk.search(batch, masks, spellings(settings, beam))
+            return ReadOnce(self._generator, batch, vector), found
+        model = model or ReadOnce(self._generator, batch)
+        return model, search_candidates(model, batch, self._walk, masks, settings=settings, beam=beam)
+
     def _best_unfiltered(
         self, model: ReadOnce, batch: QueryBatch, requests: Sequence[SearchRequest], mode: Mode, beam: int
     ) -> np.ndarray:
         """(n,) the best score that each query finds without its filters: what a filter leaves is a match if it is about
         as good, not for being alone. -inf where there is no filter."""
-        found = search_candidates(
-            model,
-            batch,
-            self._walk,
-            [self._item_masks(replace(request, filters={})) for request in requests],
-            settings=self.settings.model_copy(update={"mode": "one-shot" if self.settings.rerank else mode}),
-            beam=beam,
-        )
+        masks = [self._item_masks(replace(request, filters={})) for request in requests]
+        _, found = self._candidates(batch, masks, "one-shot" if self.settings.rerank else mode, beam, model)
         filtered = np.array([bool(request.filters) for request in requests])
         score, _ = self._scored(model.vector, found)
         return np.where(filtered, score.max(axis=1, initial=-np.inf), -np.inf)

@@ -1,15 +1,14 @@
 """Beams over the constraint index as tensor operations of fixed shapes: the form for accelerators.
 
-The same steps as :mod:`ace_core.walk`, without a branch or a host synchronisation: shapes depend on the beam and on
-the vocabularies, never on the data, so that a whole search can be queued (or captured) at once. On a CPU the compiled
-walk is several times faster.
-
-Segments are laid side by side: nodes and items are numbered through all segments. The last level holds buckets
-(distinct identifiers) instead of items, and all levels have pointers: some 10 bytes an item, three times the CPU's.
+The same steps as :mod:`ace_core.walk`, without a branch, a host synchronisation or a copy from the host: shapes depend
+on the beam and on the index, never on the data, so that a whole search can be queued, or captured and replayed
+(:mod:`ace_core.replay`). A step looks at as many children of a row as the level's widest row has, not at the level's
+vocabulary. On a CPU the compiled walk is several times faster.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,11 @@ import numpy as np
 import torch
 
 from ace_core.constraint import ConstraintIndex
-from ace_core.filters import ItemMask
+from ace_core.merged import MergedIndex
 from ace_core.rows import Rows
 from ace_core.walk import Masks, Walk
+
+_SLOTS = 64  # masks that a device keeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class TensorRows:
     """Beam rows of n queries, best first; dead rows have a score of -inf and empty intervals.
 
     Attributes:
-        low, high: (n, B, S) int64 children of each row in each segment, as in :class:`~ace_core.rows.Rows`.
+        low, high: (n, B) whole numbers: children of each row, in the numbering of the walk's merged index.
         score: (n, B); parent: (n, B) int64; codes: (n, B, level) int64; level_log_prob: (n, B, level).
     """
 
@@ -38,18 +39,23 @@ class TensorRows:
     codes: torch.Tensor
     level_log_prob: torch.Tensor
 
+    def packed(self) -> torch.Tensor:
+        """(n, B, 3 + 2 level) float64, exact: what :meth:`TensorWalk.to_host` takes in one transfer."""
+        columns = torch.stack([self.score.double(), self.low.double(), self.high.double()], 2)
+        return torch.cat([columns, self.level_log_prob.double(), self.codes.double()], 2)
+
 
 @dataclass(frozen=True, eq=False)
 class TensorMasks:
-    """Masks of all segments side by side: words (m, W) int64, before (m, W) int64, of_query (n,) int64 mask rows."""
+    """Masks on a device: bitmaps (m, bytes) uint8 of :meth:`MergedIndex.bitmap`; of_query (n,) int64, a row for each
+    query."""
 
-    words: torch.Tensor
-    before: torch.Tensor
+    bitmaps: torch.Tensor
     of_query: torch.Tensor
 
 
 class TensorWalk:
-    """Segments on a device, searched as one.
+    """Segments on a device, searched as one. For one caller at a time.
 
     Args:
         segments: one or more indexes over the same vocabularies.
@@ -63,28 +69,23 @@ class TensorWalk:
         self.host = Walk(segments)
         self.device = torch.device(device)
         self.vocab_sizes = self.host.vocab_sizes
-        parts = [_with_buckets(segment) for segment in self.host.segments]
-        self._items = _bases([s.items for s in self.host.segments])
-        self._tokens: list[torch.Tensor] = []
-        self._pointers: list[torch.Tensor] = []
-        self._fan_out: list[int] = []  # most children of a row, by the level of the children
-        fan_out = max(len(tokens[0]) for tokens, _ in parts)
-        # a segment's nodes are followed by one blank, so that each node's closing pointer is the next entry
-        bases = [_bases([len(tokens[level]) + 1 for tokens, _ in parts]) for level in range(self.levels)]
-        bases.append(self._items)
-        for level, size in enumerate(self.vocab_sizes):
-            self._fan_out.append(max(1, fan_out))
-            fan_out = max(int(np.diff(pointers[level]).max(initial=0)) for _, pointers in parts)
-            tokens = np.concatenate([np.append(tokens[level], 0) for tokens, _ in parts])
-            below = [pointers[level] + base for (_, pointers), base in zip(parts, bases[level + 1])]
-            wide = bases[level + 1][-1] >= 2**31
-            self._tokens.append(torch.from_numpy(tokens.astype(np.uint8 if size <= 256 else np.int32)).to(self.device))
-            self._pointers.append(
-                torch.from_numpy(np.concatenate(below).astype(np.int64 if wide else np.int32)).to(self.device)
-            )
-        nodes = np.array([len(tokens[0]) for tokens, _ in parts])
-        self._root_low = torch.from_numpy(bases[0][:-1].copy()).to(self.device)
-        self._root_high = torch.from_numpy(bases[0][:-1] + nodes).to(self.device)
+        self._merged = merged = MergedIndex.of(self.host.segments)
+        self._roots = len(merged.tokens[0])
+        # A row's children are looked at up to the widest row's number of them: past its own, and the last row past the
+        # end, where there is room to look at.
+        beyond = [np.arange(width) for width in (*merged.fan_out, 0)]
+        self._steps = [self._put(steps, _narrow(len(t) + len(steps))) for t, steps in zip(merged.tokens, beyond)]
+        self._tokens = [self._put(np.pad(t, (0, len(b))), _token_type(t)) for t, b in zip(merged.tokens, beyond)]
+        self._pointers = [
+            self._put(np.pad(p, (0, len(b)), mode="edge"), _narrow(int(p[-1]) + len(after)))
+            for p, b, after in zip(merged.pointers, beyond, beyond[1:])
+        ]
+        self._never = torch.tensor(-torch.inf, device=self.device)
+        self._bitmaps: torch.Tensor | None = None  # (slots, bytes); the first allows everything
+        self._slots: OrderedDict[tuple[int, ...], tuple[int, Masks]] = OrderedDict()  # by the masks' identities
+
+    def _put(self, array: np.ndarray, dtype: type) -> torch.Tensor:
+        return torch.from_numpy(array.astype(dtype)).to(self.device)
 
     @property
     def levels(self) -> int:
@@ -92,15 +93,21 @@ class TensorWalk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device."""
+        """Bytes of the index on the device; a mask takes :attr:`mask_bytes` more."""
         return sum(t.nbytes for t in (*self._tokens, *self._pointers))
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes that a mask takes on the device, where there is room for 64 as soon as there is one."""
+        return self._merged.bitmap_offsets[-1] + max(self._merged.fan_out) // 8 + 1  # a step looks past the end
 
     def root(self, queries: int) -> TensorRows:
         """One row a query, before the first token."""
         blank = torch.zeros(queries, 1, 0, device=self.device)
+        first = torch.zeros(queries, 1, dtype=self._steps[0].dtype, device=self.device)
         return TensorRows(
-            low=self._root_low.expand(queries, 1, -1),
-            high=self._root_high.expand(queries, 1, -1),
+            low=first,
+            high=first + self._roots,
             score=torch.zeros(queries, 1, device=self.device),
             parent=torch.zeros(queries, 1, dtype=torch.int64, device=self.device),
             codes=blank.to(torch.int64),
@@ -108,7 +115,10 @@ class TensorWalk:
         )
 
     def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> TensorMasks | None:
-        """Masks as tensors on the device: for all queries one mask a segment, or for every query its own.
+        """Masks on the device: for all queries one mask a segment, or for every query its own; None where all items are
+        allowed. A mask that is still there from an earlier search costs nothing.
+
+        The bitmaps lie where they always lie, and hold for this search and those before it only.
 
         Raises:
             QueryError: as :meth:`~ace_core.walk.Walk.masks`.
@@ -116,124 +126,116 @@ class TensorWalk:
         rows = self.host.checked_masks(masks, queries)
         if all(mask is None for row in rows for mask in row):
             return None
-        distinct: dict[tuple[int, ...], int] = {}
-        of_query = [distinct.setdefault(tuple(id(m) for m in row), len(distinct)) for row in rows]
-        chosen = [rows[of_query.index(number)] for number in range(len(distinct))]
-        allowed = np.stack(
-            [
-                np.concatenate(
-                    [np.ones(s.items, bool) if m is None else m.to_bool() for m, s in zip(row, self.host.segments)]
-                )
-                for row in chosen
-            ]
-        )
-        merged = [ItemMask.of(row) for row in allowed]
+        distinct = {tuple(map(id, row)): row for row in rows}
+        if len(distinct) < _SLOTS:
+            table, place = self._kept(distinct)
+        else:
+            table = torch.stack([self._bitmap(row) for row in distinct.values()])
+            place = {key: number for number, key in enumerate(distinct)}
+        of_query = [place[tuple(map(id, row))] for row in rows]
         of_query = of_query * queries if len(of_query) == 1 else of_query
-        return TensorMasks(
-            words=torch.from_numpy(np.stack([m.words for m in merged]).view(np.int64)).to(self.device),
-            before=torch.from_numpy(np.stack([m.before for m in merged]).astype(np.int32)).to(self.device),
-            of_query=torch.tensor(of_query, device=self.device),
-        )
+        return TensorMasks(table, torch.tensor(of_query, device=self.device))
+
+    def _kept(self, wanted: dict[tuple[int, ...], Masks]) -> tuple[torch.Tensor, dict[tuple[int, ...], int]]:
+        """The table of the masks that are kept, those wanted among them, and their rows in it."""
+        if self._bitmaps is None:
+            self._bitmaps = torch.full((_SLOTS, self.mask_bytes), 255, dtype=torch.uint8, device=self.device)
+        place = {}
+        for key in wanted:
+            if all(mask is None for mask in wanted[key]):
+                place[key] = 0
+            elif key in self._slots:
+                self._slots.move_to_end(key)
+        for key, row in wanted.items():
+            if key in place:
+                continue
+            if key not in self._slots:
+                full = len(self._slots) == _SLOTS - 1
+                slot = self._slots.popitem(last=False)[1][0] if full else len(self._slots) + 1
+                self._bitmaps[slot] = self._bitmap(row)
+                self._slots[key] = slot, row  # held: an identity is another mask's as soon as this one is gone
+            place[key] = self._slots[key][0]
+        return self._bitmaps, place
+
+    def _bitmap(self, row: Masks) -> torch.Tensor:
+        bitmap = self._merged.bitmap(row)
+        return self._put(np.pad(bitmap, (0, self.mask_bytes - len(bitmap))), np.uint8)
 
     def expand(
         self, rows: TensorRows, log_probs: torch.Tensor, beam: int, masks: TensorMasks | None, *,
         renormalise: bool = False,
     ) -> TensorRows:  # fmt: skip
-        """The best allowed children of each query's rows: ``min(beam, B * V)`` of them.
+        """The best allowed children of each query's rows: ``beam`` of them, or as many as there is room to look at.
 
         Args: as :meth:`~ace_core.walk.Walk.expand`; log_probs (n, B or 1, V).
         """
         level = rows.codes.shape[2]
-        queries, width, segments = rows.low.shape
-        vocabulary = self.vocab_sizes[level]
-        # children by token: (n, B, V) node numbers of each segment, -1 where it has none
-        steps = torch.arange(self._fan_out[level], device=self.device)
-        nodes = rows.low[..., None] + steps  # (n, B, S, fan-out)
-        real = nodes < rows.high[..., None]
-        nodes = torch.where(real, nodes, 0)
-        tokens = torch.where(real, self._tokens[level][nodes].long(), vocabulary)
-        usable = real if masks is None else real & self._any_allowed(level, nodes, masks)
-        table = torch.full((queries, width, segments, vocabulary + 1), -1, dtype=torch.int64, device=self.device)
-        table = table.scatter(3, tokens, torch.where(real, nodes, -1))[..., :vocabulary]
-        open_ = torch.zeros((queries, width, segments, vocabulary + 1), dtype=torch.bool, device=self.device)
-        allowed = open_.scatter(3, tokens, usable)[..., :vocabulary].any(2)
-
-        log_probs = log_probs.expand(-1, width, -1)
-        allowed = allowed & (log_probs > -torch.inf) & (rows.score > -torch.inf)[..., None]
-        value = torch.where(allowed, log_probs, -torch.inf)
+        queries, width = rows.low.shape
+        given, vocabulary = log_probs.shape[1:]
+        steps, tokens, pointers = self._steps[level], self._tokens[level], self._pointers[level]
+        looked_at = len(steps)
+        node = rows.low[..., None] + steps  # (n, B, fan-out)
+        open_ = node < rows.high[..., None]
+        if masks is not None:
+            open_ = open_ & self._allowed(level, node, masks)
+        flat = queries * given * vocabulary
+        first = torch.arange(0, flat, vocabulary, dtype=_torch_type(flat), device=self.device).view(queries, given, 1)
+        value = torch.where(open_, _at(log_probs.reshape(-1), first + _at(tokens, node)), self._never)
         if renormalise:
             total = torch.logsumexp(value, 2, keepdim=True)
-            value = torch.where(allowed, (value - total).clamp(max=0), -torch.inf)
-        score, best = (rows.score[..., None] + value).flatten(1).topk(min(beam, width * vocabulary), dim=1)
-        parent, token = best // vocabulary, best % vocabulary
-        live = (score > -torch.inf)[..., None]
-        chosen = table.transpose(2, 3).flatten(1, 2).gather(1, best[..., None].expand(-1, -1, segments))
-        has = live & (chosen >= 0)
-        chosen = torch.where(has, chosen, 0)
-        pointers = self._pointers[level]
+            value = torch.where(value > -torch.inf, (value - total).clamp(max=0), self._never)
+        sums = (rows.score[..., None] + value).flatten(1)
+        score, best = sums.topk(min(beam, width * looked_at), dim=1)
+        parent = best // looked_at
+        chosen = rows.low.gather(1, parent) + best % looked_at
+        live = score > -torch.inf
+        low = _at(pointers, chosen)
         of_parent = parent[..., None].expand(-1, -1, level)
         newest = value.flatten(1).gather(1, best)[..., None]
+        token = _at(tokens, chosen).long()[..., None]
         return TensorRows(
-            low=torch.where(has, pointers[chosen].long(), 0),
-            high=torch.where(has, pointers[chosen + 1].long(), 0),
+            low=low,
+            high=torch.where(live, _at(pointers, chosen + 1), low),
             score=score,
             parent=parent,
-            codes=torch.cat([rows.codes.gather(1, of_parent), token[..., None]], 2),
+            codes=torch.cat([rows.codes.gather(1, of_parent), token], 2),
             level_log_prob=torch.cat([rows.level_log_prob.to(value.dtype).gather(1, of_parent), newest], 2),
         )
 
-    def to_host(self, rows: TensorRows) -> Rows:
-        """Complete rows as :class:`~ace_core.walk.Walk` knows them: the one transfer of a search."""
-        base = self._items[:-1]
-        low, high = rows.low.cpu().numpy(), rows.high.cpu().numpy()
-        some = high > low
-        score = rows.score.double().cpu().numpy()
-        host = self.host.blank(len(score), score.shape[1], self.levels)
-        host.live[:] = np.isfinite(score).sum(1)
-        host.score[:], host.parent[:] = score, rows.parent.cpu().numpy()
-        host.low[:], host.high[:] = np.where(some, low - base, 0), np.where(some, high - base, 0)
-        host.codes[:] = rows.codes.cpu().numpy()
-        host.level_log_prob[:] = rows.level_log_prob.double().cpu().numpy()
+    def to_host(self, packed: torch.Tensor) -> Rows:
+        """Complete rows, :meth:`TensorRows.packed`, as :class:`~ace_core.walk.Walk` knows them: one transfer."""
+        block = packed.cpu().numpy()
+        live = np.isfinite(block[..., 0])
+        host = self.host.blank(len(block), block.shape[1], self.levels)
+        host.live[:], host.block[:], host.score[:] = live.sum(1), 0, block[..., 0]
+        low, high = block[..., 1].astype(np.int64), block[..., 2].astype(np.int64)
+        host.low[:], host.high[:] = self._merged.items_between(low, high)
+        host.level_log_prob[:] = block[..., 3 : 3 + self.levels]
+        host.codes[:] = block[..., 3 + self.levels :]
+        host.block[~live] = 0
         return host
 
-    def _any_allowed(self, level: int, nodes: torch.Tensor, masks: TensorMasks) -> torch.Tensor:
-        """Does each node (n, ...) of ``level`` hold an allowed item?"""
-        low, high = nodes, nodes + 1
-        for pointers in self._pointers[level:]:
-            low, high = pointers[low].long(), pointers[high].long()
-        of_query = masks.of_query.view(-1, *([1] * (nodes.ndim - 1)))
-        return _rank(masks, of_query, high) > _rank(masks, of_query, low)
+    def _allowed(self, level: int, nodes: torch.Tensor, masks: TensorMasks) -> torch.Tensor:
+        """Does each node (n, B, fan-out) of ``level`` hold an allowed item? Undefined past the level's nodes."""
+        first = masks.of_query * masks.bitmaps.shape[1] + self._merged.bitmap_offsets[level]
+        first = first.to(_torch_type(masks.bitmaps.numel())).view(-1, 1, 1)
+        byte = _at(masks.bitmaps.view(-1), first + (nodes >> 3))
+        return ((byte >> (nodes & 7)) & 1).bool()
 
 
-def _rank(masks: TensorMasks, of_query: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """Allowed items before each of ``items``: running count of words, and the bits below in the item's own word."""
-    word = items >> 6
-    bits = masks.words[of_query, word] & ((torch.ones_like(items) << (items & 63)) - 1)
-    bits = bits - ((bits >> 1) & 0x5555555555555555)
-    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
-    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return masks.before[of_query, word] + ((bits * 0x0101010101010101) >> 56)
+def _at(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """values (m,) at places (...), int32 or int64."""
+    return values.index_select(0, places.reshape(-1)).view(places.shape)
 
 
-def _bases(counts: Sequence[int]) -> np.ndarray:
-    """(len + 1,) int64: where each of several arrays begins when they are laid side by side, and the end."""
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+def _narrow(numbers: int) -> type:
+    """For numbers below this: int64 moves twice the bytes."""
+    return np.int32 if numbers < 2**31 else np.int64
 
 
-def _with_buckets(index: ConstraintIndex) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Tokens and int64 pointers of every level, the last one's nodes being distinct identifiers."""
-    codes = np.stack([index.spelled(level) for level in range(index.levels)], 1).astype(np.uint16)
-    index = ConstraintIndex.build(codes, index.vocab_sizes, index.levels - 1)
-    tokens = [*index.tokens, index.tail[:, 0]]
-    pointers = [p.astype(np.int64) for p in index.first_child]
-    last = tokens[-1]
-    begins = np.ones(len(last), bool)
-    begins[1:] = last[1:] != last[:-1]
-    if pointers:
-        begins[pointers[-1][:-1]] = True  # another parent, another bucket
-        numbers = np.append(np.cumsum(begins) - 1, begins.sum())
-        first_items = pointers[-1]
-        pointers[-1] = numbers[first_items]
-    first = np.flatnonzero(begins)
-    tokens[-1] = last[first]
-    return tokens, [*pointers, np.append(first, len(last))]
+def _torch_type(numbers: int) -> torch.dtype:
+    return torch.int32 if numbers < 2**31 else torch.int64
+
+
+def _token_type(tokens: np.ndarray) -> type:
+    return np.uint8 if tokens.dtype == np.uint8 else np.int32

@@ -211,7 +211,8 @@ class BartSpeller:
         return F.log_softmax(self._head[level](y[:, :, 0]), -1), replace(state, past=past)
 
     def score(self, state: BartState, tokens: torch.Tensor, parents: torch.Tensor | None, level: int) -> torch.Tensor:
-        read = tokens[..., :-1] + torch.tensor(self.offsets[level - 1 : level - 2 + tokens.shape[2]])
+        offsets = torch.tensor(self.offsets[level - 1 : level - 2 + tokens.shape[2]], device=tokens.device)
+        read = tokens[..., :-1] + offsets
         y, _ = self._run(self._embed(read, level), state, self._continued(state, parents, tokens.shape[1]))
         scored = [
             F.log_softmax(self._head[level + i](y[:, :, i]), -1).gather(2, tokens[..., i + 1 : i + 2])

@@ -29,7 +29,6 @@ from ace_store.store import Store
 from serve.calls import ExampleCall, Options, Refusal, ReplicaState, Reply, TextCall
 
 _log = logging.getLogger("ace.serve")
-_PROBE_TEXT = "a"
 _MAX_BATCH = 16
 _RETRY_SECONDS = 30.0
 _SEND = "Send a whole picture, sound or clip that a viewer or player opens."
@@ -100,7 +99,7 @@ class Engine:
         if current is None:
             raise StoreError("nothing has been published here", where=store, remedy="Run `ace publish` first.")
         self._live = self._open(current, None)
-        self._live.search([_PROBE_TEXT], k=1)
+        self._live.warm()
         self._loaded_at = time.time()
 
     # -- answering -------------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ class Engine:
         return opened
 
     def _change(self, fresh: Retriever) -> None:
-        fresh.search([_PROBE_TEXT], k=1)
+        fresh.warm()
         self._live, self._loaded_at = fresh, time.time()
         self._refused = self._reason = None
 

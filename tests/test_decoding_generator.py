@@ -4,41 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from ace_core.config import GeneratorSettings
 from ace_core.decoding import beam_search, one_shot_search, verified_search
 from ace_core.filters import ItemMask
 from ace_core.generator.model import Generator
-from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import QueryBatch
-from ace_core.space import unit_query
 from ace_core.tensor_walk import TensorWalk
-from tests.decoding_reference import build
-
-SIZES = (3, 6, 5, 7)
-ITEMS, DIM, WIDTH = 150, 9, 24
+from tests.small_generator import ITEMS, SIZES, small_world
 
 
 @pytest.fixture(scope="module")
 def world():
-    """(index, sorted codes, generator with random weights, four queries)."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    codes = np.stack([rng.integers(0, s, ITEMS) for s in SIZES], 1).astype(np.uint16)
-    index, ordered, _ = build(codes, SIZES)
-    tables = [rng.standard_normal((s, DIM)).astype(np.float32) / 3 for s in SIZES]
-    same = np.eye(DIM, dtype=np.float32)
-    quantizer = Quantizer(tables[0], same, tables[1], same, tuple(tables[2:]), tuple(tables[1:]))
-    settings = GeneratorSettings(width=WIDTH, heads=2, layers=2)
-    generator = Generator(settings, quantizer, text_width=12, text_layers=2).eval()
-    with torch.no_grad():
-        for name, parameter in generator.named_parameters():
-            if "_codewords" not in name and "scale" not in name:
-                parameter.normal_(0, 0.3)
-    mask = torch.ones(4, 6, dtype=torch.bool)
-    mask[1, 3:] = False
-    mask[2] = False  # a virtual query has no token
-    query = QueryBatch(unit_query(torch.randn(4, DIM)), torch.randn(4, 2, 6, 12), mask)
-    return index, ordered, generator, query
+    return small_world()
 
 
 def exhaustive(generator: Generator, query: QueryBatch, ordered: np.ndarray) -> np.ndarray:

@@ -15,7 +15,9 @@ from ace_core.errors import QueryError, StoreError
 from ace_core.identifiers import prefix_interval
 from ace_core.items import Modality
 from ace_core.query import Hit, SearchRequest
+from ace_core.replay import BATCHES, Replay
 from ace_core.retriever import Retriever
+from ace_core.walk import Walk
 from tests.tiny_store import TinyStore, content_of, vectors_of
 
 TEXTS = ["a red fruit", "a dog barks", "slow piano", "something that moves to the left, quite fast, and then stops"]
@@ -94,7 +96,9 @@ def test_the_accelerators_walk_answers_the_same(tiny: TinyStore, mode: str) -> N
     settings = SearchSettings(k=10, mode=mode, beam=30, draft=400)  # type: ignore[arg-type]
     plain = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text)
     tensors = Retriever.open(tiny.path, "split", settings=settings, text_encoder=tiny.text, device="cpu:0")
-    assert type(plain._walk) is not type(tensors._walk)
+    assert isinstance(plain._walk, Walk) and isinstance(tensors._walk, Replay)
+    tensors.warm()
+    assert tensors._walk.captures == len(BATCHES)
     none = {"number": {"exists": False}}
     for filters, expected in (({}, 10), ({"parity": "odd"}, 10), ({"number": 123}, 1), (none, 0)):
         for a, b in zip(plain.search(TEXTS, filters=filters), tensors.search(TEXTS, filters=filters)):

@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from ace_core.config import SearchSettings
 from ace_core.errors import StoreError
+from ace_core.replay import BATCHES, Replay
 from ace_core.retriever import Retriever
 from ace_core.snapshot import Snapshot
 from ace_store.store import Store
@@ -265,6 +266,27 @@ def test_a_store_that_cannot_be_read_does_not_stop_the_replica(engine: Engine, t
     current.write_text(kept)
     asyncio.run(engine.refresh())
     assert engine.state().reason is None
+
+
+def test_on_an_accelerator_a_snapshot_serves_with_its_own_captures(tiny: TinyStore) -> None:
+    tiny.publish("first", ["main"])
+    engine = Engine(str(tiny.path), replica="r1", settings=SearchSettings(), device="cpu:0", threads=1)
+    before = engine._live._walk
+    assert isinstance(before, Replay) and before.captures == len(BATCHES)
+    added = {"number": {"gte": 240}}
+    first = _ids(_answer(engine, _call(*TEXTS))[0])
+    assert first == _ids(_answer(engine, _call(*TEXTS))[0])
+    assert [_ids(_answer(engine, _call("x", filters=added))[0]) for _ in range(3)] == [[[]]] * 3
+    tiny.publish("second", ["main", "delta"])
+    asyncio.run(engine.refresh())
+    after = engine._live._walk
+    assert isinstance(after, Replay) and after is not before and after.captures == len(BATCHES)
+    plain = Engine(str(tiny.path), replica="r2", settings=SearchSettings(), device="cpu", threads=1)
+    for _ in range(3):
+        calls = _call(*TEXTS), _call("x", filters=added), _like("item-0250")
+        for mine, other in zip(_answer(engine, *calls), _answer(plain, *calls)):
+            assert [set(ids) for ids in _ids(mine)] == [set(ids) for ids in _ids(other)]
+    assert len(_ids(_answer(engine, _call("x", filters=added))[0])[0]) == 5
 
 
 def test_an_empty_store_says_what_to_do(tmp_path: Path) -> None:
