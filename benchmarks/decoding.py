@@ -260,7 +260,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     sizes = options.items or ([10_000, 100_000] if options.quick else [10_000, 100_000, 1_000_000, 10_000_000])
-    seconds = 4.0 if options.quick else 20.0
+    seconds = 2.0 if options.quick else 20.0
     world = World()
     corpora: dict[int, tuple[Codes, ConstraintIndex]] = {}
     lines = []

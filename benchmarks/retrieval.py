@@ -43,6 +43,8 @@ from benchmarks.retrieval_system import (
     make_world,
 )
 
+_PARTS = ("untrained", "main", "no-captions", "ablation")
+_QUICK_PARTS = _PARTS[:3]
 _QUERIES_AT_ONCE = 250
 _DRAFT = VERIFIED.draft
 
@@ -283,15 +285,13 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path("build/features"), help="folder for features computed on the way"
     )
-    parser.add_argument("--quick", action="store_true", help="a small part, in a minute")
+    parser.add_argument("--quick", action="store_true", help="a small part, under a minute; no ablation unless asked")
     parser.add_argument("--queries", type=int, default=5000, help="queries of each kind at most")
     parser.add_argument("--captions", type=int, help="captions kept of each item at most (default: all)")
     parser.add_argument("--aligner", action="append", default=[], metavar="KEY=VALUE", help="an aligner setting")
     parser.add_argument("--generator", action="append", default=[], metavar="KEY=VALUE", help="a generator setting")
     parser.add_argument("--quantizer", action="append", default=[], metavar="KEY=VALUE", help="a quantizer setting")
-    parser.add_argument(
-        "--parts", default="untrained,main,no-captions,ablation", help="which tables; also: curves, mixed"
-    )
+    parser.add_argument("--parts", help=f"which tables, by default {','.join(_PARTS)}; also: curves, mixed")
     parser.add_argument("--ablation-captions", type=int, default=4000, help="captions that ablated generators train on")
     args = parser.parse_args()
     if args.quick:
@@ -314,7 +314,9 @@ def main() -> None:
         "aligner": aligner.model_dump(), "quantizer": quantizer.model_dump(), "generator": generator.model_dump(),
     }  # fmt: skip
     spaces = fit_spaces(world, aligner, cache)
-    parts = args.parts.split(",")
+    parts = args.parts.split(",") if args.parts else _QUICK_PARTS if args.quick else _PARTS
+    if parts == _QUICK_PARTS:
+        print("left out of the quick form: ablation", flush=True)
 
     def written() -> None:
         if args.json:

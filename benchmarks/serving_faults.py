@@ -28,6 +28,7 @@ from benchmarks.serving_server import Server
 _K = 10
 _TEXTS = 40
 _SWITCHES = (0.03, 0.09, 0.15, 0.21, 0.27, 0.33, 0.84, 0.88, 0.92, 0.96)  # as shares of the time
+_FIRST_KILL = 1.0  # seconds after the load begins
 _SEEN_SECONDS = 2.0
 _TOLERANCE = 1e-3  # scores of one text differ a little with the batch that it was computed in
 _HALF, _DAMAGED = "every-other", "damaged"
@@ -123,7 +124,7 @@ class Chaos(threading.Thread):
             self.done = True
 
     def _damage(self) -> None:
-        plan = [(at, self._kill) for at in np.arange(self._kill_every / 2, self._seconds + 1e-9, self._kill_every)]
+        plan = [(at, self._kill) for at in np.arange(_FIRST_KILL, self._seconds, self._kill_every)]
         # All of them before the store goes, and after the damaged snapshot is gone.
         plan += [(self._seconds * at, self._switch) for at in _SWITCHES]
         plan += [(self._seconds * 0.42, self._hide), (self._seconds * 0.52, self._show)]

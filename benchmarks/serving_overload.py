@@ -36,7 +36,7 @@ class MemoryLog(threading.Thread):
 
 def measure(address: str, capacity: float, seconds: float) -> dict[str, float]:
     """Arrivals at half of ``capacity`` (searches a second), then at twice as many as it, for ``seconds``."""
-    unloaded = open_loop(address, capacity / 2, max(3.0, seconds / 3))
+    unloaded = open_loop(address, capacity / 2, max(2.0, seconds / 3))
     time.sleep(1)
     log = MemoryLog()
     log.start()

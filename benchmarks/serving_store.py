@@ -53,7 +53,7 @@ def build(path: Path, items: int) -> str:
     aligner = Aligner(text.dim, dict.fromkeys(MODALITIES, 8), settings).eval()
     fitted = min(items, _FITTED)
     sample = np.concatenate(list(vectors(fitted, settings.dim)))
-    quantizer = fit_quantizer(sample, np.arange(fitted) % 3, QuantizerSettings(epochs=2, kmeans_iterations=5))[0]
+    quantizer = fit_quantizer(sample, np.arange(fitted) % 3, QuantizerSettings(epochs=0, kmeans_iterations=5))[0]
     generator = Generator(GeneratorSettings(), quantizer, text.width, text.layers).eval()
 
     def part(kind: PartKind, save, inputs: dict[str, str]) -> None:
