@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -34,6 +34,7 @@ from ace_core.manifest import (
 from ace_store.current import CURRENT_NAME, Current, move_current, read_current
 from ace_store.files import STORE_NAME, Files
 from ace_store.location import Location, open_location
+from ace_store.making import making
 
 if TYPE_CHECKING:
     from ace_core.snapshot import SnapshotManifest
@@ -157,6 +158,23 @@ class Store(Files):
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def making(self, kind: PartKind) -> Iterator[None]:
+        """Make parts of a kind while no other process does. Object storage has no lock that a killed process lets go
+        of: there it is on the operator to run one at a time.
+
+        Raises:
+            StoreError: another process does, or the store cannot be written.
+        """
+        with ExitStack() as held:
+            if self.local is not None:
+                self._mark()
+                try:
+                    held.enter_context(making(self.local / folder_of(kind)))
+                except OSError as e:
+                    raise self._unreachable(e) from None
+            yield
+
     def upload_part(self, folder: Path, manifest: Manifest) -> Manifest:
         """Put a built folder in the store as a part; ``manifest.files`` is filled in here."""
         manifest = manifest.model_copy(update={"files": hash_folder(folder)})
@@ -167,7 +185,8 @@ class Store(Files):
     def adopt_part(self, folder: Path, kind: PartKind, part_id: str) -> None:
         """Put a built folder with its manifest in the store: all files first, the manifest last.
 
-        Locally the folder is moved, so that it becomes visible whole.
+        Locally the folder is moved, so that it becomes visible whole; one that another process finished meanwhile
+        stays, for a snapshot may name it by now.
         """
         target = f"{folder_of(kind)}/{part_id}"
         self._mark()
@@ -175,6 +194,8 @@ class Store(Files):
             if self.local is not None:
                 home = self.local / target
                 home.parent.mkdir(parents=True, exist_ok=True)
+                if (home / MANIFEST_NAME).exists():
+                    return
                 if home.exists():  # left behind by a run that was killed: nobody refers to it yet
                     shutil.rmtree(home)
                 folder.chmod(0o755)

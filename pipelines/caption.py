@@ -111,11 +111,12 @@ def caption_stage(settings: Settings, store: Store, reporter: Reporter) -> Manif
         reporter.say(f"captions {part_id}: nothing changed, nothing to do")
         store.set_latest("captions", part_id)
         return manifest
-    shards = _Shards(store, part_id)
-    shards.carry_over(bare, key)
-    for modality in present:
-        _caption_modality(settings, features.settings["corpus_root"], shards, modality, wanted[modality], reporter)
-    return _seal(store, features, shards, key, identities, started, reporter)
+    with store.making("captions"):
+        shards = _Shards(store, part_id)
+        shards.carry_over(bare, key)
+        for modality in present:
+            _caption_modality(settings, features.settings["corpus_root"], shards, modality, wanted[modality], reporter)
+        return _seal(store, features, shards, key, identities, started, reporter)
 
 
 def _model(settings: Settings, modality: Modality) -> str | None:

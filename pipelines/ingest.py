@@ -74,17 +74,18 @@ def ingest(settings: Settings, store: Store, reporter: Reporter) -> Manifest:
         files = counted(len(again), "file")
         reporter.say(f"features {done.id}: nothing changed; trying again what may have passed: {files}")
     part_id = made_of if done is None else _again(done)
-    writer = PartWriter.resume(store, part_id, corpus.shard_items, corpus.shard_seconds, judged)
-    left = [_left(writer, listing, modality, marks[modality], tries, reporter) for modality in present]
-    _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], tries, reporter)
-    tries.write(set(listing.items.column("item_id").to_pylist()))
-    # More of a file may be bad than was: what could be used before is not given up for that.
-    if done is not None and sum(shard.items for shard in writer.shards) <= sum(done.metrics["items"].values()):
-        store.delete(f"features/{part_id}")
-        reporter.say(f"features {done.id}: as they were, none of it can be used yet")
-        _report_bad(done, store, tries, reporter)
-        return done
-    manifest = _seal(settings, made_of, writer, listing, identities, time.monotonic() - started, reporter)
+    with store.making("features"):
+        writer = PartWriter.resume(store, part_id, corpus.shard_items, corpus.shard_seconds, judged)
+        left = [_left(writer, listing, modality, marks[modality], tries, reporter) for modality in present]
+        _encode_left(settings, writer, listing.root, [one for one in left if one.files.num_rows], tries, reporter)
+        tries.write(set(listing.items.column("item_id").to_pylist()))
+        # More of a file may be bad than was: what could be used before is not given up for that.
+        if done is not None and sum(shard.items for shard in writer.shards) <= sum(done.metrics["items"].values()):
+            store.delete(f"features/{part_id}")
+            reporter.say(f"features {done.id}: as they were, none of it can be used yet")
+            _report_bad(done, store, tries, reporter)
+            return done
+        manifest = _seal(settings, made_of, writer, listing, identities, time.monotonic() - started, reporter)
     _summarise(manifest, store, tries, reporter)
     return manifest
 

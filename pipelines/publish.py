@@ -144,6 +144,7 @@ def segment_part(
         total = sum(features.metrics["items"].values()) if chosen is None else int(chosen.sum())
         counts, error = np.zeros(len(MODALITIES), np.int64), 0.0
         with (
+            store.making("segment"),
             store.scratch() as folder,
             SegmentWriter(folder / "part", models.quantizer.vocab_sizes) as writer,
             reporter.step("assign identifiers", total) as step,

@@ -101,7 +101,7 @@ def ensure_texts(texts: Sequence[str], settings: Settings, store: Store, reporte
     manifest = store.find("texts", part_id)
     if manifest is not None:
         return manifest
-    with store.scratch() as folder:
+    with store.making("texts"), store.scratch() as folder:
         part = folder / "part"
         part.mkdir()
         (part / "texts.json").write_text(json.dumps(distinct, ensure_ascii=False))

@@ -77,7 +77,10 @@ def fit_part(
     part_id = fingerprint(kind, inputs, chosen)
     manifest = store.find(kind, part_id)
     if manifest is None:
-        with run_fit(kind, part_id, fit, inputs, settings, store, reporter) as (folder, metrics):
+        with (
+            store.making(kind),
+            run_fit(kind, part_id, fit, inputs, settings, store, reporter) as (folder, metrics),
+        ):
             manifest = store.upload_part(
                 folder, Manifest(kind=kind, id=part_id, inputs=inputs, settings=chosen, metrics=metrics)
             )

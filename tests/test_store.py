@@ -73,6 +73,15 @@ def test_an_unfinished_part_does_not_exist_and_is_replaced(store: Store) -> None
     assert "inner/old.txt" not in store.find("aligner", "one").files  # type: ignore[union-attr]
 
 
+def test_a_part_that_was_finished_meanwhile_stays(tmp_path: Path) -> None:
+    """Of two that make the same part the first may have published it, and a snapshot names its manifest's hash."""
+    store = Store.open(tmp_path / "store")
+    first = _part(store, "one")
+    _part(store, "one", "other")
+    assert store.find("aligner", "one") == first
+    assert (store.local_copy("aligner", "one") / "inner" / "data.txt").read_text() == "hello"
+
+
 def test_a_deleted_part_is_gone(store: Store) -> None:
     _part(store, "one")
     store.local_copy("aligner", "one")
@@ -264,3 +273,23 @@ def test_current_says_where_nothing_keeps_two_publishers_apart(tmp_path: Path, m
     assert store.current().snapshot == "one" and not store.exists(".CURRENT.lock")
     with pytest.raises(StoreError, match="another publisher moved CURRENT"):  # seen before the write, at least
         store.move_current("two", Current(None, None))
+
+
+def test_one_process_at_a_time_makes_parts_of_a_kind(tmp_path: Path) -> None:
+    """Two would write into each other's files. A killed one holds nothing; another kind is another matter."""
+    script = (
+        "import sys, time\nfrom ace_store import Store\n"
+        "with Store.open(sys.argv[1]).making('features'):\n    print('holds it', flush=True)\n    time.sleep(60)\n"
+    )
+    store = Store.open(tmp_path / "store")
+    other = subprocess.Popen([sys.executable, "-c", script, store.uri], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "holds it\n"
+    said = r"another command is making features in this store.*then run this one again"
+    with pytest.raises(StoreError, match=said), store.making("features"):
+        pass
+    with store.making("segment"):
+        pass
+    other.kill()
+    other.communicate()
+    with store.making("features"):
+        assert store.parts("features") == []
