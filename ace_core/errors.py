@@ -6,6 +6,10 @@ exits with :attr:`AceError.exit_code`; the server turns it into a problem docume
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class AceError(Exception):
     """A failure with a remedy.
@@ -104,3 +108,24 @@ class QueryError(AceError):
 
     exit_code = 2
     title = "bad query"
+
+
+def storage_error(error: OSError, *, where: object = "") -> StoreError:
+    """What a person is told of a disk or storage that refuses; ``where`` by default the file, if the error names it."""
+    where = where or error.filename or ""
+    if error.errno in _FULL:
+        return StoreError(
+            f"the disk is full ({error})",
+            where=where,
+            remedy="Make room there and where temporary files go (TMPDIR), then run the command again: it goes on.",
+        )
+    return StoreError(
+        f"the store cannot be used ({error})",
+        where=where,
+        remedy="Check the path, its permissions, and for s3:// the credentials, region and endpoint.",
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, wherever it was noticed."""
+    return isinstance(error, OSError) and error.errno in _FULL

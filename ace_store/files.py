@@ -10,7 +10,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from ace_core.errors import StoreError
+from ace_core.errors import StoreError, storage_error
 from ace_core.manifest import FORMAT_VERSION
 from ace_store.location import Location
 
@@ -95,8 +95,19 @@ class Files:
 
     def delete(self, name: str) -> None:
         """Remove a folder and all that is in it; nothing happens when it is not there."""
-        if self._info(name).type == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path(name))
+        try:
+            if self._info(name).type == fs.FileType.Directory:
+                self.filesystem.delete_dir(self.path(name))
+        except OSError as e:
+            raise self._unreachable(e) from None
+
+    def delete_file(self, name: str) -> None:
+        """Remove a file; nothing happens when it is not there."""
+        try:
+            if self._info(name).type == fs.FileType.File:
+                self.filesystem.delete_file(self.path(name))
+        except OSError as e:
+            raise self._unreachable(e) from None
 
     def _mark(self) -> None:
         if not self._marked and self._info(STORE_NAME).type == fs.FileType.NotFound:
@@ -110,8 +121,4 @@ class Files:
             raise self._unreachable(e) from None
 
     def _unreachable(self, error: OSError) -> StoreError:
-        return StoreError(
-            f"the store cannot be used ({error})",
-            where=self.uri,
-            remedy="Check the path, its permissions, and for s3:// the credentials, region and endpoint.",
-        )
+        return storage_error(error, where=self.uri)

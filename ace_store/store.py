@@ -152,7 +152,10 @@ class Store(Files):
         """A local folder to build a part in, on the same disk as a local store, removed afterwards."""
         if self.local is not None:
             self._mark()
-        folder = Path(tempfile.mkdtemp(dir=self.local, prefix=".building-"))
+        try:
+            folder = Path(tempfile.mkdtemp(dir=self.local, prefix=".building-"))
+        except OSError as e:
+            raise self._unreachable(e) from None
         try:
             yield folder
         finally:
@@ -220,8 +223,7 @@ class Store(Files):
     def delete_part(self, kind: PartKind, part_id: str) -> None:
         """Remove a part, manifest first, so that a half-deleted part is never taken for a whole one."""
         folder = f"{folder_of(kind)}/{part_id}"
-        if self._info(f"{folder}/{MANIFEST_NAME}").type == fs.FileType.File:
-            self.filesystem.delete_file(self.path(folder, MANIFEST_NAME))
+        self.delete_file(f"{folder}/{MANIFEST_NAME}")
         self.delete(folder)
         if self._cache is not None:
             shutil.rmtree(self._cache / folder, ignore_errors=True)
@@ -318,7 +320,10 @@ class Store(Files):
         """Publish a snapshot, unless somebody else published since ``seen`` was read; whether that is certain, see
         :func:`ace_store.current.move_current`."""
         self._mark()
-        return move_current(self.location, snapshot_id, seen)
+        try:
+            return move_current(self.location, snapshot_id, seen)
+        except OSError as e:
+            raise self._unreachable(e) from None
 
 
 def _manifest_in(folder: Path) -> bytes | None:

@@ -74,7 +74,7 @@ def add_stage(
     manifest = snapshot_manifest(
         store, features, models, [*snapshot.manifest.segments, segment], tombstones, parent=snapshot.id, note="add"
     )
-    reporter.say(f"{counted(len(rows) - len(replaced), 'item')} added, {len(replaced):,} replaced")
+    reporter.say(f"adding {counted(len(rows) - len(replaced), 'item')}, replacing {len(replaced):,}")
     joining = Segment(store.local_copy("segment", segment.id), verify=False)
     removed_now = [tombstones[s.manifest.id] for s in snapshot.segments]
     drift = measure_drift(snapshot, joining, store, removed_now)
@@ -134,7 +134,7 @@ def remove_stage(
         reporter.say(f"snapshot {snapshot.id}: no such item, nothing to remove")
         return snapshot.manifest
     tombstones = _with_tombstones(snapshot, published, np.flatnonzero(leaving), np.flatnonzero(unwanted))
-    reporter.say(f"{counted(int(leaving.sum()), 'item')} removed")
+    reporter.say(f"removing {counted(int(leaving.sum()), 'item')}")
     features = store.find("features", snapshot.manifest.inputs["features"])
     if features is None:
         raise StoreError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ace_core.errors import AceError, SettingsError
+from ace_core.errors import AceError, SettingsError, is_full, storage_error
 from pipelines.commands import ask, build, change
 from pipelines.options import settings_of
 
@@ -124,6 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
         return e.exit_code
     except (typer.Abort, KeyboardInterrupt):
         pass
+    except OSError as e:
+        if not is_full(e):
+            raise
+        show_error(found := storage_error(e))
+        return found.exit_code
     except Exception as e:
         # Wrong options: typer's own errors say what is wrong and exit with 2.
         if not hasattr(e, "format_message") or not hasattr(e, "exit_code"):

@@ -338,10 +338,13 @@ def _on_actors(dataset: Dataset, pool: Pool, args: tuple[Any, ...]) -> Dataset:
 
 
 def reraise(error: BaseException) -> NoReturn:
-    """Raise the :class:`AceError` that a worker raised and Ray wrapped; anything else as it came."""
+    """Raise the :class:`AceError` that a worker raised and Ray wrapped, or that says that its disk is full; anything
+    else as it came."""
     for one in _causes(error):
         if isinstance(one, AceError):
             raise _plain_copy(one) from None
+        if isinstance(one, OSError) and errors.is_full(one):
+            raise errors.storage_error(one) from None
     raise error
 
 

@@ -78,7 +78,7 @@ def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[
     copy.ingest()
     added = add_stage(copy.settings, copy.store, loud)
     said = capsys.readouterr().err
-    assert "1 item added, 1 replaced" in said and "drift of 2 added items" in said and "too few to tell" in said
+    assert "adding 1 item, replacing 1" in said and "drift of 2 added items" in said and "too few to tell" in said
     assert "images/004.png" in said and "--gone" in said
     assert added.parent == first and len(added.segments) == 2 and added.removed == 1
     assert copy.ids() == before | {"images/new.png"}

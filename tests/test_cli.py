@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from ace_core.errors import AceError, MediaError, QualityError, QueryError
+from ace_core.errors import AceError, MediaError, QualityError, QueryError, StoreError
 from ace_core.settings_file import load_settings
 from ace_store import Store
 from pipelines import cli
@@ -232,5 +233,20 @@ def test_errors_from_workers_come_out_as_they_were() -> None:
     with pytest.raises(AceError, match="collapsed") as quality:
         reraise(Failed())
     assert type(quality.value) is QualityError
+    full = RuntimeError("task failed")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+    with pytest.raises(StoreError, match=r"the disk is full .*Make room there"):
+        reraise(full)
     with pytest.raises(ValueError, match="other"):
         reraise(ValueError("other"))
+
+
+def test_a_full_disk_is_said_wherever_it_is_noticed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(build, "context_of", full)
+    code, _, err = _run(capsys, "publish")
+    assert code == StoreError.exit_code and "the disk is full" in err and "where:  /tmp/x" in err

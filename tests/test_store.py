@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,6 +105,30 @@ def test_current_moves_only_from_where_it_was_seen(store: Store) -> None:
     with pytest.raises(StoreError, match="another publisher"):
         store.move_current("third", seen)  # saw the first
     assert store.current().snapshot == "second"
+
+
+def test_a_store_that_cannot_be_written_says_so_whatever_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(tmp_path / "store")
+    _part(store, "one")
+    seen = store.current()
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("tempfile.mkdtemp", "ace_store.store.move_current", "pathlib.Path.open"):
+        monkeypatch.setattr(name, refused)
+    monkeypatch.setattr(store, "filesystem", SimpleNamespace(get_file_info=store.filesystem.get_file_info))
+    store.filesystem.delete_file = refused
+    for attempt in (
+        lambda: _part(store, "two"),
+        lambda: store.move_current("x", seen),
+        lambda: store.delete_part("aligner", "one"),
+        lambda: store.making("texts").__enter__(),
+    ):
+        with pytest.raises(StoreError, match=r"the store cannot be used .*Read-only"):
+            attempt()
 
 
 def test_of_many_publishers_one_wins(store: Store) -> None:
