@@ -60,6 +60,11 @@ class PublishedSet:
         """The items of a split."""
         return [item for item in self.items if item.split == split]
 
+    def some(self, most: int) -> PublishedSet:
+        """At most so many items of each split, evenly spread."""
+        parts = [self.of(split) for split in ("train", "val", "test")]
+        return replace(self, items=tuple(item for part in parts for item in part[:: max(1, -(-len(part) // most))]))
+
     def write_captions(self, path: Path) -> None:
         """Write a captions file for ``corpus.captions``, with the split as an attribute."""
         with path.open("w") as f:

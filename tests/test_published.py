@@ -167,6 +167,14 @@ def test_details_of_the_layouts(tmp_path: Path) -> None:
     assert by_path["msvd"]["YouTubeClips/a-b_c_1_2.avi"].captions[0] == "a test clip is played"
 
 
+def test_some_of_a_set_are_evenly_spread_over_each_split(tmp_path: Path) -> None:
+    published = written("flickr30k", tmp_path)
+    some = published.some(3)
+    assert [item.path for item in some.of("train")] == [item.path for item in published.of("train")[::3]]
+    assert some.of("test") == published.of("test") and some.of("val") == published.of("val")
+    assert published.some(100).of("train") == published.of("train")
+
+
 def test_the_descriptions_of_msvd_may_be_the_original_table(tmp_path: Path) -> None:
     published = written("msvd", tmp_path)
     (tmp_path / "AllVideoDescriptions.txt").unlink()
