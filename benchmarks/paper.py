@@ -48,7 +48,7 @@ SAID = {  # ACE (arXiv 2406.17507): R@1, R@5, R@10 where it states them
     "msrvtt": (52.6, 75.4, 84.2),
     "msvd": (63.6, None, None),
 }
-_QUICK_ITEMS, _QUICK_QUERIES = 150, 200  # of each split; of each kind
+_QUICK_ITEMS, _QUICK_QUERIES = 60, 200  # of each split; of each kind
 HEADER = ("method", "queries", "gallery", "R@1 %", "R@5 %", "R@10 %")
 
 
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", type=Path, help="folder for what is fitted (default: ./paper-DATASET[-quick])")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the product")
     parser.add_argument("--queries", type=int, default=25_000, help="queries of each kind at most")
-    parser.add_argument("--quick", action="store_true", help="150 items of each split, one epoch of the generator")
+    parser.add_argument("--quick", action="store_true", help="60 items of each split, one epoch of the generator")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(arguments)
     published = load_published(args.dataset, args.data)
