@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 _SHORTEST = 16  # positions of a text; longer ones are padded to the next power of two
 _LIMIT = 64  # captures that are kept
 _TOLERANCE = 1e-3  # of log-probabilities: another batch may get other kernels
+T = TypeVar("T")
 _log = logging.getLogger("ace.replay")
 
 
@@ -114,18 +115,18 @@ class Replay:
         ]
         return torch.cat(vectors), each[0] if len(each) == 1 else pooled(*each)
 
-    def warm(self, query: QueryBatch, masks: Masks | None, plan: Plan) -> None:
-        """Capture searches for one query, and for batches of every size of such.
+    def warm(self, query: QueryBatch, masks: Masks | None, plan: Plan, size: int) -> None:
+        """Capture searches for batches of ``size`` such queries; the largest first, whose memory serves the others.
 
         Args:
             query: one query.
             masks: one for each segment.
+            size: of :data:`BATCHES`.
         """
         with torch.inference_mode():
-            for size in reversed(BATCHES):  # what the largest needs holds the others, too
-                batch = query[torch.zeros(size, dtype=torch.int64, device=query.vector.device)]
-                self._captured.setdefault(self._key(batch, self.walk.masks(masks, size), plan), None)
-                self._found(batch, masks, plan)
+            batch = query[torch.zeros(size, dtype=torch.int64, device=query.vector.device)]
+            self._captured.setdefault(self._key(batch, self.walk.masks(masks, size), plan), None)
+            self._found(batch, masks, plan)
 
     def _found(self, query: QueryBatch, masks: Masks | Sequence[Masks] | None, plan: Plan) -> Found:
         on_device = self.walk.masks(masks, len(query))
@@ -202,7 +203,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, run: Run) -> Run:
+    def __call__(self, run: Callable[[], T]) -> Callable[[], T]:
         before = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -216,7 +217,7 @@ class CudaGraphs:
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own
 
-        def replay() -> Found:
+        def replay() -> T:
             graph.replay()
             return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from ace_core.quantize.quantizer import Quantizer
 from ace_core.query import Hit, Mode, QueryBatch, SearchRequest
 from ace_core.query_encoder import QueryEncoder
 from ace_core.ranking import Ranker
-from ace_core.replay import Replay
+from ace_core.replay import BATCHES, Replay
 from ace_core.scoring import similarity
 from ace_core.segment import StoredItem
 from ace_core.snapshot import Snapshot
@@ -46,7 +46,7 @@ from ace_core.walk import Masks, Walk
 
 RANKING_NAME = "ranking.json"
 _MASK_CACHE = 64
-_PROBE = "a"
+_PROBE = SearchRequest(text="a")
 
 GENERATOR_ONLY = Ranker(generator=1.0, similarity=0.0)
 """`search.rerank: false`: the generator's own order."""
@@ -179,13 +179,22 @@ class Retriever:
                 answers[number] = hits
         return answers
 
-    def warm(self) -> None:
-        """Make what a first search would wait for: on an accelerator, captures of the searches that are asked for most
-        (a short text, in the settings' mode, unfiltered), in batches of every size."""
-        request, beam = SearchRequest(text=_PROBE), max(self.settings.beam, self.settings.k)
-        self.search_batch([request])
+    def warming(self) -> Iterator[Callable[[], object]]:
+        """What to do so that no search waits for it, in short pieces: a search, and on an accelerator captures of the
+        searches that are asked for most (a short text, in the settings' mode, unfiltered), in batches of every size."""
+        yield partial(self.search_batch, [_PROBE])
         if isinstance(self._walk, Replay):
-            self._walk.warm(self.queries.batch([request]), self._item_masks(request), spellings(self.settings, beam))
+            yield from (partial(self._capture, size) for size in reversed(BATCHES))
+
+    def _capture(self, size: int) -> None:
+        assert isinstance(self._walk, Replay)
+        plan = spellings(self.settings, max(self.settings.beam, self.settings.k))
+        self._walk.warm(self.queries.batch([_PROBE]), self._item_masks(_PROBE), plan, size)
+
+    def warm(self) -> None:
+        """All of :meth:`warming` at once."""
+        for piece in self.warming():
+            piece()
 
     def why_nothing(self, modalities: Sequence[Modality], filters: Mapping[str, FilterValue]) -> str:
         """Why a search of these modalities, under these filters, finds nothing at all: one sentence, with the values

@@ -25,7 +25,7 @@ _SLOTS = 64  # masks that a device keeps
 
 @dataclass(frozen=True, eq=False)
 class TensorRows:
-    """Beam rows of n queries, best first; dead rows have a score of -inf and empty intervals.
+    """Beam rows of n queries, best first; dead rows have a score of -inf, and all else of them means nothing.
 
     Attributes:
         low, high: (n, B) whole numbers: children of each row, in the numbering of the walk's merged index.
@@ -47,8 +47,8 @@ class TensorRows:
 
 @dataclass(frozen=True, eq=False)
 class TensorMasks:
-    """Masks on a device: bitmaps (m, bytes) uint8 of :meth:`MergedIndex.bitmap`; of_query (n,) int64, a row for each
-    query."""
+    """Masks on a device: bitmaps (m, bytes) uint8 of :meth:`MergedIndex.bitmap`; of_query (n,) whole numbers, the byte
+    of them all at which each query's begins."""
 
     bitmaps: torch.Tensor
     of_query: torch.Tensor
@@ -80,6 +80,7 @@ class TensorWalk:
             self._put(np.pad(p, (0, len(b)), mode="edge"), _narrow(int(p[-1]) + len(after)))
             for p, b, after in zip(merged.pointers, beyond, beyond[1:])
         ]
+        self._intervals = [p.as_strided((len(p) - 1, 2), (1, 1)) for p in self._pointers]  # each with the next
         self._never = torch.tensor(-torch.inf, device=self.device)
         self._bitmaps: torch.Tensor | None = None  # (slots, bytes); the first allows everything
         self._slots: OrderedDict[tuple[int, ...], tuple[int, Masks]] = OrderedDict()  # by the masks' identities
@@ -114,6 +115,7 @@ class TensorWalk:
             level_log_prob=blank,
         )
 
+    @torch.inference_mode()  # what one search makes, another changes
     def masks(self, masks: Masks | Sequence[Masks] | None, queries: int) -> TensorMasks | None:
         """Masks on the device: for all queries one mask a segment, or for every query its own; None where all items are
         allowed. A mask that is still there from an earlier search costs nothing.
@@ -132,9 +134,9 @@ class TensorWalk:
         else:
             table = torch.stack([self._bitmap(row) for row in distinct.values()])
             place = {key: number for number, key in enumerate(distinct)}
-        of_query = [place[tuple(map(id, row))] for row in rows]
-        of_query = of_query * queries if len(of_query) == 1 else of_query
-        return TensorMasks(table, torch.tensor(of_query, device=self.device))
+        begins = [place[tuple(map(id, row))] * table.shape[1] for row in rows]
+        begins = begins * queries if len(begins) == 1 else begins
+        return TensorMasks(table, torch.tensor(begins, dtype=_torch_type(table.numel()), device=self.device))
 
     def _kept(self, wanted: dict[tuple[int, ...], Masks]) -> tuple[torch.Tensor, dict[tuple[int, ...], int]]:
         """The table of the masks that are kept, those wanted among them, and their rows in it."""
@@ -172,7 +174,7 @@ class TensorWalk:
         level = rows.codes.shape[2]
         queries, width = rows.low.shape
         given, vocabulary = log_probs.shape[1:]
-        steps, tokens, pointers = self._steps[level], self._tokens[level], self._pointers[level]
+        steps, tokens, intervals = self._steps[level], self._tokens[level], self._intervals[level]
         looked_at = len(steps)
         node = rows.low[..., None] + steps  # (n, B, fan-out)
         open_ = node < rows.high[..., None]
@@ -188,14 +190,13 @@ class TensorWalk:
         score, best = sums.topk(min(beam, width * looked_at), dim=1)
         parent = best // looked_at
         chosen = rows.low.gather(1, parent) + best % looked_at
-        live = score > -torch.inf
-        low = _at(pointers, chosen)
+        interval = intervals.index_select(0, chosen.flatten()).view(*chosen.shape, 2)
         of_parent = parent[..., None].expand(-1, -1, level)
         newest = value.flatten(1).gather(1, best)[..., None]
         token = _at(tokens, chosen).long()[..., None]
         return TensorRows(
-            low=low,
-            high=torch.where(live, _at(pointers, chosen + 1), low),
+            low=interval[..., 0],
+            high=interval[..., 1],
             score=score,
             parent=parent,
             codes=torch.cat([rows.codes.gather(1, of_parent), token], 2),
@@ -217,8 +218,7 @@ class TensorWalk:
 
     def _allowed(self, level: int, nodes: torch.Tensor, masks: TensorMasks) -> torch.Tensor:
         """Does each node (n, B, fan-out) of ``level`` hold an allowed item? Undefined past the level's nodes."""
-        first = masks.of_query * masks.bitmaps.shape[1] + self._merged.bitmap_offsets[level]
-        first = first.to(_torch_type(masks.bitmaps.numel())).view(-1, 1, 1)
+        first = (masks.of_query + self._merged.bitmap_offsets[level]).view(-1, 1, 1)
         byte = _at(masks.bitmaps.view(-1), first + (nodes >> 3))
         return ((byte >> (nodes & 7)) & 1).bool()
 

@@ -19,7 +19,6 @@ import faiss
 import numpy as np
 import torch
 
-from ace_core.candidates import Candidates
 from ace_core.config import GeneratorSettings
 from ace_core.constraint import ConstraintIndex
 from ace_core.decoding import beam_search, one_shot_search
@@ -28,25 +27,13 @@ from ace_core.generator.model import Generator
 from ace_core.query import QueryBatch
 from ace_core.space import unit_query
 from ace_core.walk import Walk
-from benchmarks.bart import BartSpeller, generate, random_bart
+from benchmarks.bart import BartSpeller
 from benchmarks.clustered import Codes, World, coded, quantizer_of, queries_near
 from benchmarks.measure import interleaved, table, write_figures
 from benchmarks.rivals import DictTrie, StaticIndex, prefix_function_step
+from benchmarks.same_weights import Rival, TableSpeller, identifiers, in_common, top_k
 
 BATCH, BEAM = 32, 20
-
-
-class TableSpeller:
-    """Log-probabilities from the codebooks and the query, no decoder: what is left is the cost of the search."""
-
-    def __init__(self, codes: Codes, queries: np.ndarray, noise: float = 1.0) -> None:
-        self.vocab_sizes = codes.vocab_sizes
-        self.tables = [torch.from_numpy(t) for t in codes.tables(queries)]
-        generator = torch.Generator().manual_seed(0)
-        self.noisy = [  # a decoder's scores differ between the rows of a beam
-            torch.log_softmax(t[:, None] + noise * torch.randn(len(t), BEAM, t.shape[1], generator=generator), -1)
-            for t in self.tables
-        ]
 
 
 def build_figures(codes: Codes, items: int) -> tuple[ConstraintIndex, list]:
@@ -56,13 +43,9 @@ def build_figures(codes: Codes, items: int) -> tuple[ConstraintIndex, list]:
     return index, [f"{items:,}", index.nbytes / items, seconds, seconds / items * 1e6]
 
 
-def _top_k(scores: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    return (log_probs + scores[..., None]).flatten(1).topk(BEAM, dim=1).values
-
-
 def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, queries: np.ndarray):
     """Seconds of one step (mean over levels) of each way, and bytes an item of each index."""
-    speller = TableSpeller(codes, queries)
+    speller = TableSpeller(codes, queries, BEAM)
     walk = Walk([index])
     trie_begin = time.perf_counter()
     trie = DictTrie(codes.codes)
@@ -92,7 +75,7 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
             "fused walk": partial(walk.expand, rows, own, BEAM, masks),
             "prefix function": partial(rival, prefixes, scores32, log_probs),
             "STATIC gather": partial(static.step, level, at, scores32, log_probs, BEAM),
-            "unmasked top-k": partial(_top_k, scores32, log_probs),
+            "unmasked top-k": partial(top_k, scores32, log_probs, BEAM),
             "filtered 1 %": partial(walk.expand, filtered, of_filtered, BEAM, some),
         }
         taken = interleaved(runs, seconds=seconds / (walk.levels - 1))
@@ -114,16 +97,6 @@ def constraint_step(codes: Codes, index: ConstraintIndex, seconds: float, querie
     return totals, sizes
 
 
-def _identifiers(found: Candidates) -> list[list[tuple[int, ...]]]:
-    """Each query's identifiers, best first."""
-    return [list(dict.fromkeys(map(tuple, c[v].tolist()))) for c, v in zip(found.codes, found.valid)]
-
-
-def _in_common(a: list[list[tuple[int, ...]]], b: list[list[tuple[int, ...]]]) -> float:
-    """Share of all queries' identifiers a that are among b."""
-    return sum(len(set(x) & set(y)) for x, y in zip(a, b)) / sum(map(len, a))
-
-
 def against_generate(
     codes: Codes, index: ConstraintIndex, seconds: float, batch: int, beam: int
 ) -> tuple[float, float, float]:
@@ -134,46 +107,31 @@ def against_generate(
     Returns:
         how many times faster ours is, in fp32 and in int8; the share of fp32's top-k that int8 finds.
     """
-    bart = random_bart(index.vocab_sizes)
-    speller = BartSpeller(bart, index.vocab_sizes)
-    eighth = BartSpeller(bart, index.vocab_sizes, eight_bit=True)
-    offsets = speller.offsets
-    trie = DictTrie(codes.codes)
+    rival = Rival(codes, DictTrie(codes.codes), batch, beam)
+    eighth = BartSpeller(rival.bart, index.vocab_sizes, eight_bit=True)
     walk = Walk([index])
-    torch.manual_seed(1)
-    query = QueryBatch(
-        torch.zeros(batch, 1), torch.randn(batch, 1, 16, bart.config.d_model), torch.ones(batch, 16, dtype=torch.bool)
-    )
-
-    def allowed(_, sent):
-        prefix = [t - o for t, o in zip(sent.tolist()[1:], offsets)]
-        return [t + offsets[len(prefix)] for t in trie.children(prefix)]
-
-    def rival():
-        return generate(bart, query, beam, index.levels, allowed)
 
     def ours(model, scoring, limit=None):
-        return beam_search(model, query, walk, beam=beam, scoring=scoring, limit=limit)
+        return beam_search(model, rival.query, walk, beam=beam, scoring=scoring, limit=limit)
 
     fp32, int8 = "ours, fp32, the same scores", "ours, int8"
     by_vocabulary = "ours, fp32, vocabulary scoring", "ours, int8, vocabulary scoring"
     runs = {
-        fp32: partial(ours, speller, "children"),
+        fp32: partial(ours, rival.speller, "children"),
         int8: partial(ours, eighth, "children"),
-        by_vocabulary[0]: partial(ours, speller, "vocabulary"),
+        by_vocabulary[0]: partial(ours, rival.speller, "vocabulary"),
         by_vocabulary[1]: partial(ours, eighth, "vocabulary"),
     }
     with torch.inference_mode():
-        tokens, _ = rival()
-        top = {name: _identifiers(run(limit=100 * beam)) for name, run in runs.items()}
-        theirs = [list(map(tuple, rows)) for rows in (tokens - torch.tensor(offsets)).tolist()]
-        assert top[fp32] == theirs, "not the same top-k"
+        found = {name: run(limit=100 * beam) for name, run in runs.items()}
+        rival.check(found[fp32])
         taken = interleaved(
-            {(reference := "generate + prefix function, fp32"): rival, **runs}, seconds=seconds, least=3
+            {(reference := "generate + prefix function, fp32"): rival.search, **runs}, seconds=seconds, least=3
         )
+    top = {name: identifiers(candidates) for name, candidates in found.items()}
     times = {name: taken[reference] / value for name, value in taken.items()}
-    shares = {name: _in_common(top[fp32], top[name]) for name in (fp32, int8)}
-    shares |= {name: _in_common(top[by_vocabulary[0]], top[name]) for name in by_vocabulary}
+    shares = {name: in_common(top[fp32], top[name]) for name in (fp32, int8)}
+    shares |= {name: in_common(top[by_vocabulary[0]], top[name]) for name in by_vocabulary}
     table(
         f"search with one 2-layer decoder of width 256, {index.items:,} items, batch {batch}, beam {beam}",
         ("", "ms a query", "times faster", "of fp32's top-k"),

@@ -60,7 +60,7 @@ class StaticIndex:
     """STATIC (arXiv 2602.22647): a dense table for the first two levels, then rows of (token, next state) in CSR
     gathered to the level's widest row."""
 
-    def __init__(self, index: ConstraintIndex) -> None:
+    def __init__(self, index: ConstraintIndex, device: torch.device | str = "cpu") -> None:
         """Of an index of distinct identifiers (STATIC has no buckets) with pointers on all levels but the last."""
         first, second = index.vocab_sizes[:2]
         self.levels = index.levels
@@ -69,8 +69,9 @@ class StaticIndex:
         self.dense = torch.full((first, second), -1, dtype=torch.int32)
         parent = np.repeat(np.arange(len(tokens[0])), np.diff(index.first_child[0]))
         self.dense[tokens[0][parent].long(), tokens[1].long()] = torch.arange(len(tokens[1]), dtype=torch.int32)
-        self.rows = pointers[1:]
-        self.edges = [torch.stack([t, torch.arange(len(t), dtype=torch.int32)], 1) for t in tokens[2:]]
+        self.dense = self.dense.to(device)
+        self.rows = [p.to(device) for p in pointers[1:]]
+        self.edges = [torch.stack([t, torch.arange(len(t), dtype=torch.int32)], 1).to(device) for t in tokens[2:]]
         self.widest = [int(np.diff(p).max()) for p in index.first_child[1:]]
 
     @property
@@ -85,7 +86,7 @@ class StaticIndex:
             best, at = total.flatten(1).topk(min(beam, total[0].numel()), dim=1)
             return best, at // log_probs.shape[2], at % log_probs.shape[2], following.flatten(1).gather(1, at)
         begin, end = self.rows[level - 2][states].long(), self.rows[level - 2][states + 1].long()
-        window = begin[..., None] + torch.arange(self.widest[level - 2])
+        window = begin[..., None] + torch.arange(self.widest[level - 2], device=begin.device)
         real = window < end[..., None]
         edges = self.edges[level - 2][torch.where(real, window, 0)]
         tokens = edges[..., 0].long()

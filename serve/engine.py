@@ -241,6 +241,8 @@ class Engine:
                 return
             self._tried_at = time.monotonic()
             fresh = await loop.run_in_executor(self._load, self._open, wanted, self._live)
+            for piece in fresh.warming():  # between two batches each
+                await loop.run_in_executor(self._search, piece)
             await loop.run_in_executor(self._search, self._change, fresh)
         except Exception as e:
             # Whatever is wrong with a snapshot must not stop the replica that serves another.
@@ -261,7 +263,6 @@ class Engine:
         return opened
 
     def _change(self, fresh: Retriever) -> None:
-        fresh.warm()
         self._live, self._loaded_at = fresh, time.time()
         self._refused = self._reason = None
 

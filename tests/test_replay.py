@@ -1,6 +1,8 @@
 """Searches captured and replayed: the same answers as uncaptured ones, whatever the batch, the texts and the masks."""
 
+import inspect
 import logging
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -13,7 +15,7 @@ from ace_core.decoding import search_candidates
 from ace_core.filters import ItemMask
 from ace_core.generator.read_once import ReadOnce
 from ace_core.plan import Plan, Spelling, spellings
-from ace_core.replay import BATCHES, Found, Replay, Run
+from ace_core.replay import BATCHES, CudaGraphs, Found, Replay, Run
 from ace_core.tensor_walk import TensorWalk
 from ace_core.walk import Walk
 from tests.decoding_reference import build
@@ -156,13 +158,14 @@ def test_warming_captures_every_size(world):
     segments, _ = world
     capture = Recorded()
     replay = _replay(world, capture)
-    replay.warm(small_queries(1), None, ONE_SHOT)
+    for size in reversed(BATCHES):
+        replay.warm(small_queries(1), None, ONE_SHOT, size)
     assert capture.captured == replay.captures == len(BATCHES)
     for count in range(1, 33):
         replay.search(small_queries(count), None, ONE_SHOT)
     assert capture.captured == len(BATCHES)
-    replay.warm(small_queries(1), _mask(segments, 0), ONE_SHOT)
-    assert capture.captured == 2 * len(BATCHES)
+    replay.warm(small_queries(1), _mask(segments, 0), ONE_SHOT, 4)
+    assert capture.captured == replay.captures == len(BATCHES) + 1
 
 
 def _refuses(run: Run) -> Run:
@@ -179,10 +182,69 @@ def test_what_cannot_be_captured_runs_as_it_comes_and_says_so_once(world, captur
     segments, generator = world
     replay, walk = _replay(world, capture), Walk(segments)
     with caplog.at_level(logging.WARNING):
-        replay.warm(small_queries(1), None, spellings(SETTINGS["beam"]))
+        replay.warm(small_queries(1), None, spellings(SETTINGS["beam"]), 32)
         for count in (1, 3, 3, 3):
             query = small_queries(count)
             found = replay.search(query, None, spellings(SETTINGS["beam"]))[1]
             _agree(found, search_candidates(generator, query, walk, settings=SETTINGS["beam"]))
     assert replay.captures == 0
     assert len(caplog.records) == 1 and said in caplog.text and "run slower" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cuda_graph_is_captured_beside_other_work_and_leaves_the_stream_as_it_was(monkeypatch, fails):
+    """The order of calls, against torch.cuda's own signatures; that CUDA does as it is told, only a GPU can say."""
+    said: list[str] = []
+    stream = ["default"]
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(which: Stream):
+        before, stream[0] = stream[0], which.name
+        yield
+        stream[0] = before
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    signature = inspect.signature(torch.cuda.graph)
+
+    @contextmanager
+    def capture(*args, **options):
+        bound = signature.bind(*args, **options).arguments
+        assert isinstance(bound["cuda_graph"], Graph) and bound["pool"] == "pool"
+        assert bound["capture_error_mode"] == "thread_local"
+        stream[0] = bound["stream"].name
+        yield
+        if fails:
+            raise RuntimeError("capture failed")  # and torch leaves the stream
+        stream[0] = "default"
+
+    for name, fake in {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device: Stream(), "CUDAGraph": Graph, "stream": on,
+        "graph": capture, "current_stream": lambda device: Stream("default"),
+        "set_stream": lambda which: stream.__setitem__(0, which.name),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs = CudaGraphs(torch.device("cuda"))
+
+    def run() -> str:
+        said.append(f"run on {stream[0]}")
+        return "found"
+
+    if fails:
+        with pytest.raises(RuntimeError, match="capture failed"):
+            graphs(run)
+    else:
+        replay = graphs(run)
+        assert replay() == replay() == "found"
+    warmed = ["side waits for default", "run on side", "default waits for side", "run on side"]
+    assert said == warmed + ["replay"] * (0 if fails else 2)
+    assert stream == ["default"]
