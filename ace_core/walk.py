@@ -93,20 +93,20 @@ class Walk:
             masks: from :meth:`masks`.
             renormalise: share the probability among a row's allowed children.
         """
-        level, queries = rows.level, len(rows.live)
+        level, levels, segments, live, block = rows
+        queries, room, words = block.shape
         given_queries, given_rows, vocabulary = log_probs.shape
         if given_queries != queries or vocabulary != self.vocab_sizes[level]:
             raise _foreign_model(log_probs.shape, self.vocab_sizes)
-        room = rows.block.shape[1]
-        if given_rows not in (1, room) and not rows.width <= given_rows <= room:
+        if given_rows != room and given_rows != 1 and not rows.width <= given_rows <= room:
             raise ValueError(f"log_probs {log_probs.shape} for {rows.width} live rows")
-        following = self.blank(queries, beam, level + 1)
-        arrays = self._layout, level, masks.bits, rows.block, rows.live, log_probs, following.block, following.live
-        if len(self.segments) == 1 and not renormalise:
+        next_live, next_block = np.empty(queries, np.int64), np.empty((queries, beam, words), np.int64)
+        arrays = self._layout, level, masks.bits, block, live, log_probs, next_block, next_live
+        if segments == 1 and not renormalise:
             kernels.expand_one(*arrays)
         else:
             kernels.expand(*arrays, renormalise)
-        return following
+        return Rows(level + 1, levels, segments, next_live, next_block)
 
     def blank(self, queries: int, beam: int, level: int) -> Rows:
         """Room for rows of ``level`` tokens; what is in it is undefined."""

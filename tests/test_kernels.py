@@ -50,7 +50,7 @@ def test_the_nth_largest(values, data):
 @given(scores)
 def test_best_first_is_a_stable_sort(values):
     array = np.array(values)
-    order, other = np.empty((2, len(values)), np.int64)
+    order, other = np.empty(len(values), np.int64), np.empty(max(32, len(values)), np.int64)
     order_best_first(array, len(values), order, other)
     assert order.tolist() == np.argsort(-array, kind="stable").tolist()
 

@@ -10,6 +10,8 @@ from ace_core import kernels
 from ace_core.constraint import ConstraintIndex
 from ace_core.filters import ItemMask
 from ace_core.identifiers import sort_order
+from ace_core.kernels.compiled import LOW, NODE, SCORE, compiled
+from ace_core.kernels.lanes import lane_threshold, lanes_room
 from ace_core.rows import Rows
 from ace_core.walk import Walk
 
@@ -82,6 +84,38 @@ def test_a_step_is_the_naive_one(seed, items, sizes, depth, beam, share, kind, s
                 )
             ) == [(score, row, token) for score, row, token in expected]
         rows = following
+
+
+@compiled
+def lanes_say(there, rows, table, step, vocabulary, keep, lanes):
+    return lane_threshold(
+        np.uint64(there.ctypes.data), np.uint64(24), rows.reshape(-1), rows.view(np.float64).reshape(-1),
+        np.uint64(len(rows)), np.uint64(rows.shape[1]), table.reshape(-1), np.uint64(0), np.uint64(step),
+        np.uint64(vocabulary), keep, np.uint64(lanes.ctypes.data),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 3, 7, 20])
+def test_what_the_lanes_say_is_passed_by_a_beam_and_few_more(kind, rows):
+    rng = np.random.default_rng(rows)
+    table = -rng.exponential(3, (rows, 256)).astype(kind)
+    table[rng.random(table.shape) < 0.05] = -np.inf
+    real = rng.random(table.shape) < 0.7
+    real[0] = np.arange(256) < 20  # a row of few children, whose tokens the lanes leave out
+    block = np.zeros((rows, LOW + 2), np.int64)
+    block.view(np.float64)[:, SCORE] = base = -np.sort(rng.exponential(2, rows))
+    block[:, NODE], block[:, LOW + 1] = np.arange(rows), real.sum(1)
+    there, lanes = np.packbits(real, axis=1, bitorder="little").view(np.uint64), np.empty(lanes_room(rows), kind)
+    threshold = lanes_say(there, block, table, 256, 256, 20, lanes)
+    if rows == 1:
+        return np.testing.assert_equal(threshold, -np.inf)  # nothing but the row of few
+    totals = np.where(real, base[:, None] + table, -np.inf)
+    assert 20 <= (totals[1:] > threshold).sum() <= 48
+    if rows > 6:
+        best = lanes[: 16 * rows].reshape(rows, 16)
+        np.testing.assert_allclose(best[1:].max(1), totals[1:].max(1), rtol=1e-6)
+        assert np.isinf(best[0]).all()
 
 
 @pytest.mark.parametrize(("items", "known"), [(40, 0), (200_000, 2)])

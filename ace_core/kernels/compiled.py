@@ -93,21 +93,6 @@ def bit_count(typingctx, word):
 
 
 @intrinsic
-def exceeding(typingctx, address, bound):
-    """Which of 64 numbers at an address, of the bound's type, are above it: bit i of a uint64 for number i."""
-
-    def codegen(context, builder, signature, args):
-        vector = ir.VectorType(args[1].type, 64)
-        numbers = builder.load(builder.inttoptr(args[0], ir.PointerType(vector)), align=signature.args[1].bitwidth // 8)
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], ir.Constant(ir.IntType(32), 0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 64), [0] * 64)
-        everywhere = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
-        return builder.bitcast(builder.fcmp_ordered(">", numbers, everywhere), ir.IntType(64))
-
-    return types.uint64(types.uint64, bound), codegen
-
-
-@intrinsic
 def copy_16_bytes(typingctx, target, source):
     """Copy 16 bytes from one address to another."""
 

@@ -22,7 +22,6 @@ from ace_core.kernels.compiled import (
     bit_count,
     child_at,
     compiled,
-    exceeding,
     float32_at,
     inlined,
     prefetch,
@@ -36,6 +35,7 @@ from ace_core.kernels.compiled import (
 from ace_core.kernels.items import blank_from
 from ace_core.kernels.leaves import best_items, identifier_end, workspace
 from ace_core.kernels.selection import order_best_first
+from ace_core.kernels.vectors import exceeding
 
 _DENSE = 4  # a filter that allows one child of fewer is asked after the scores are compared
 

@@ -17,12 +17,13 @@ from ace_core.kernels.compiled import (
     any_bit,
     bit_count,
     compiled,
-    exceeding,
     inlined,
     trailing_zeros,
     uint64_at,
 )
+from ace_core.kernels.lanes import LANES
 from ace_core.kernels.selection import nth_largest
+from ace_core.kernels.vectors import any_exceeding, exceeding
 
 SHORT = np.uint64(24)  # children of a row up to which each is looked at, whatever its score
 SLOT = np.uint64(4)  # words of a child that may be kept: its score (float64), row, node, and the end of its run
@@ -164,16 +165,17 @@ def _scan_present(
 @inlined
 def best_above(
     threshold, tokens, stride, flat, present, bits, rows, row_reals, live, words, table, begin, step, vocabulary, best,
-    keep, slots, reals, room, values, scratch,
+    keep, slots, reals, room, values, scratch, lanes,
 ):  # fmt: skip
     """Fill slots with the best ``keep`` children of rows above a threshold. Returns how many there are.
 
     Children whose score passes the threshold gather in slots, of which only the best are kept whenever they are full;
-    the threshold is then the worst score kept. No child scores above its row by more than ``best``.
+    the threshold is then the worst score kept. No child scores above its row by more than ``best``, and none above the
+    16 ``lanes`` of its row at an address (0: not known).
     """
     size = r = np.uint64(0)
     last = vocabulary >> np.uint64(6)
-    address = np.uint64(table.ctypes.data)
+    address, each = np.uint64(table.ctypes.data), np.uint64(table.itemsize)
     while r < live and row_reals[r * words] + best > threshold:  # rows come by falling score
         r, size = _gather(
             tokens, stride, flat, bits, r, rows, row_reals, live, words, table, begin, step, threshold, best,
@@ -186,6 +188,9 @@ def best_above(
         if end - first <= SHORT:
             if size + end - first > room:
                 size, threshold = _keep_best(slots, reals, size, keep, values, scratch)
+            continue
+        if lanes != 0 and not any_exceeding(lanes + r * LANES * each, _bound(threshold, 0.0, table)):  # type: ignore[call-arg]
+            r += _ONE
             continue
         if present != NO_BITMAP:
             there = uint64_at(present + np.uint64(rows[r * words + np.uint64(NODE)]) * last * np.uint64(8))

@@ -14,7 +14,6 @@ from ace_core.kernels.compiled import (
     NO_BITMAP,
     compiled,
     copy_16_bytes,
-    exceeding,
     float64_at,
     inlined,
     int64_at,
@@ -24,6 +23,7 @@ from ace_core.kernels.compiled import (
     uint64_at,
 )
 from ace_core.kernels.selection import nth_largest
+from ace_core.kernels.vectors import exceeding
 
 _SHARE, _SIGMAS = 16, 2.5  # one item of so many is looked at first, for how many standard deviations more than are kept
 _CHUNK = np.uint64(16384)  # items that are laid out together

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ace_core.kernels.compiled import compiled
+from ace_core.kernels.compiled import bit_count, compiled, float32_at
+from ace_core.kernels.vectors import exceeding
 
 _STEPS = 256
+_AT_ONCE = 64
 _FEW = 128  # scores that are ordered by counting, for each of them, those that are larger
 
 
@@ -115,11 +117,30 @@ def _order_few(score, count, order, other):
 
 
 @compiled
+def _order_at_once(score, count, order, other):
+    """The order of 64 scores at most, each compared with all others at once in float32. Are no two alike there?"""
+    address = np.uint64(other.ctypes.data)
+    rounded, top = float32_at(address), score[0]
+    for i in range(_AT_ONCE):
+        rounded[i] = score[i] - top if i < count else -np.inf
+    for i in range(count):
+        order[i] = -1
+    alike = False
+    for i in range(count):
+        at = np.int64(bit_count(exceeding(address, rounded[i])))  # type: ignore[call-arg]
+        alike |= order[at] >= 0
+        order[at] = i
+    return not alike
+
+
+@compiled
 def order_best_first(score, count, order, other):
     """Fill ``order`` with the stable descending order of the first ``count`` scores.
 
-    By steps, then a merge sort of what is nearly sorted. ``other``: as long as ``order``.
+    By steps, then a merge sort of what is nearly sorted. ``other``: room for as many, and for 32 at least.
     """
+    if count <= _AT_ONCE and _order_at_once(score, count, order, other):
+        return
     if count <= _FEW:
         return _order_few(score, count, order, other)
     steps = np.empty(_STEPS, np.int64)
