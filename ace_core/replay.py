@@ -152,7 +152,7 @@ class Replay:
                 return captured
             reason = "a replay found something else"
         except RuntimeError as e:  # as torch reports all that CUDA refuses, and too little memory
-            reason = f"{type(e).__name__}: {e}"
+            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"  # CUDA adds advice to debug kernels
         self._capture = None
         self._captured.clear()
         _log.warning("searches cannot be captured on %s and run slower, one by one (%s)", self.walk.device, reason)

@@ -1,5 +1,6 @@
 """Searches captured and replayed: the same answers as uncaptured ones, whatever the batch, the texts and the masks."""
 
+import copy
 import inspect
 import logging
 from contextlib import contextmanager
@@ -95,6 +96,20 @@ def test_replayed_and_as_it_comes_the_same(world, name, masked):
             _agree(found, search_candidates(model, query, walk, masks, settings=settings))
             torch.testing.assert_close(vector, model.vector, atol=1e-5, rtol=1e-5)
     assert capture.captured == replay.captures == 7 and capture.replayed > 14  # 32 and 8 of the 40; 3, 3 and 4 are one
+
+
+@pytest.mark.parametrize("name", ["beam", "children"])
+def test_compiled_as_one_graph_the_same(world, name):
+    """A compiler as what captures: it sees one graph, reads where queries are put, and is made once for a size."""
+    segments, generator = world
+    settings, walk = SETTINGS[name], Walk(segments)
+    torch._dynamo.reset()
+    replay = _replay(world, partial(torch.compile, backend="eager", fullgraph=True, dynamic=False))
+    for seed, count in enumerate((3, 3, 3, 4)):
+        query, masks = small_queries(count, 6, seed), [_mask(segments, seed + q) for q in range(count)]
+        found = replay.search(query, masks, spellings(settings))[1]
+        _agree(found, search_candidates(generator, query, walk, masks, settings=settings))
+    assert replay.captures == 1
 
 
 def test_alone_or_in_a_batch_the_same(world):
@@ -248,3 +263,24 @@ def test_a_cuda_graph_is_captured_beside_other_work_and_leaves_the_stream_as_it_
     warmed = ["side waits for default", "run on side", "default waits for side", "run on side"]
     assert said == warmed + ["replay"] * (0 if fails else 2)
     assert stream == ["default"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_on_a_gpu_graphs_find_what_the_search_finds(world, name, caplog):
+    segments, generator = world
+    read = partial(ReadOnce, copy.deepcopy(generator).to("cuda"))
+    walk, plan = TensorWalk(segments, "cuda"), spellings(SETTINGS[name])
+    replay, uncaptured = Replay(read, walk), Replay(read, walk, limit=0)
+    for count, positions in ((1, 5), (3, 17), (32, 6), (40, None)):
+        for seed in range(4):
+            query = small_queries(count, positions, seed).to("cuda")
+            masks = [_mask(segments, seed + q % 3) for q in range(count)]
+            vector, found = replay.search(query, masks, plan)
+            same, expected = uncaptured.search(query, masks, plan)
+            _agree(found, expected)
+            torch.testing.assert_close(vector, same, atol=1e-4, rtol=1e-4)
+            if name in ("beam", "children"):
+                cpu = small_queries(count, positions, seed)
+                _agree(found, search_candidates(generator, cpu, Walk(segments), masks, settings=SETTINGS[name]))
+    assert replay.captures == 5 and uncaptured.captures == 0 and not caplog.records
