@@ -15,7 +15,7 @@ from ace_core.kernels.vectors import add_to_lanes, exceeding, raise_lanes, set_l
 LANES = np.uint64(16)
 _TOGETHER = np.uint64(4)  # times 16 lanes are compared at once
 _FEW = np.uint64(24)  # words of 64 tokens in all rows, up to which each has lanes of its own
-_ENOUGH = 2  # more children than needed that may pass the threshold
+_MORE = 8  # one child in so many, beyond those that are needed, may pass the threshold
 _LOW, _HIGH, _NODE = np.uint64(LOW), np.uint64(LOW + 1), np.uint64(NODE)
 _WORD = np.uint64(64)
 
@@ -85,6 +85,6 @@ def lane_threshold(present, short, rows, row_reals, live, words, table, begin, s
             break
         count = _count_above(lanes, end, each, middle)
         low, high = (middle, high) if count >= keep else (low, middle)
-        if keep <= count <= keep + _ENOUGH:
+        if keep <= count <= keep + keep // _MORE:
             break
     return np.float64(low) - (1e-5 + 1e-6 * abs(np.float64(low)))  # sums in the type of the table may be rounded up

@@ -12,7 +12,7 @@ from ace_core.kernels.compiled import bit_count, compiled, float32_at
 from ace_core.kernels.vectors import exceeding
 
 _STEPS = 256
-_AT_ONCE = 64
+_HANDFUL, _AT_ONCE = 8, 64  # of more than a handful, scores up to which all are compared at once
 _FEW = 128  # scores that are ordered by counting, for each of them, those that are larger
 
 
@@ -139,7 +139,7 @@ def order_best_first(score, count, order, other):
 
     By steps, then a merge sort of what is nearly sorted. ``other``: room for as many, and for 32 at least.
     """
-    if count <= _AT_ONCE and _order_at_once(score, count, order, other):
+    if _HANDFUL < count <= _AT_ONCE and _order_at_once(score, count, order, other):
         return
     if count <= _FEW:
         return _order_few(score, count, order, other)

@@ -74,7 +74,7 @@ def _expand_query(
     _ask_for_scores(tokens, stride, address + of_query, live_then, words, scores, each, step)
     rows, row_reals = int64_at(address), float64_at(address + np.uint64(8 * SCORE))
     best = 0.0
-    if step == 0:  # all rows of a query share these
+    if step == 0 and live > np.uint64(1):  # all rows of a query share these
         best = -np.inf
         for token in range(begin, begin + vocabulary):
             best = max(best, min(np.float64(table[token]), 0.0))
