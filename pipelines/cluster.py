@@ -64,6 +64,14 @@ def ensure_ray(compute: ComputeSettings) -> None:
     _quiet_data()
 
 
+def worker_logs() -> str:
+    """Where what workers (replicas, too) log is on this machine, once Ray is there."""
+    import ray
+
+    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+    return f"{context.address_info['session_dir']}/logs/worker-*.err"
+
+
 def _quiet_data() -> None:
     from ray.data import DataContext
 

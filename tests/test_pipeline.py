@@ -259,11 +259,13 @@ def test_the_server_says_that_it_stops(world: World, tmp_path: Path) -> None:
         )
     try:
         end = time.monotonic() + 240
-        while "search page: " not in log.read_text():
+        while "server's log: " not in log.read_text():
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
         address = log.read_text().partition("search page: ")[2].split()[0]
         assert httpx.get(f"{address}/readyz", timeout=60).status_code == 200
+        logs = Path(log.read_text().partition("server's log: ")[2].split()[0])
+        assert any("Searcher" in one.read_text() for one in logs.parent.glob(logs.name))
         server.send_signal(signal.SIGTERM)
         assert server.wait(120) == 0
         assert log.read_text().splitlines()[-2:] == ["stopping the server ...", "stopped"]

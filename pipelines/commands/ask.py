@@ -63,8 +63,12 @@ def serve(
     store: StoreOption = None,
 ) -> None:
     """Serve the published corpus: a search page and an HTTP API. Runs until Ctrl-C."""
-    from pipelines.cluster import ensure_ray
+    from pipelines.cluster import ensure_ray, worker_logs
     from serve.app import run
+
+    def ready(address: str) -> None:
+        reporter.say(f"search page: {address}   (Ctrl-C stops it)")
+        reporter.say(f"what goes wrong is in the server's log: {worker_logs()}")
 
     extra = [f"serve.{k}={v}" for k, v in (("host", host), ("port", port)) if v is not None]
     settings, opened, reporter = context_of(config, [*(changes or []), *extra], store)
@@ -74,7 +78,7 @@ def serve(
     run(
         settings,
         blocking=True,
-        on_ready=lambda address: reporter.say(f"search page: {address}   (Ctrl-C stops it)"),
+        on_ready=ready,
         on_stop=lambda: reporter.say("stopping the server ..."),
     )
     reporter.say("stopped")
