@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import ray
 import torch
@@ -76,8 +77,6 @@ def _wait_for(condition, seconds: float = 120) -> None:
 
 def test_nothing_stands_between_a_user_and_the_ingress(served: Served) -> None:
     """No proxy, no event loop more than there must be, and no address but the one that was asked for."""
-    import psutil  # comes with Ray
-
     port = int(served.address.rpartition(":")[2])
     [socket] = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
     assert socket.laddr.ip == "127.0.0.1"

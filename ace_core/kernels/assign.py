@@ -73,7 +73,8 @@ def _without(line, word, begin, words, gram, out):
         for w in range(begin, count):
             out[w] = line[w] - gram[word, w - before]
         return
-    out[begin:] = line[begin:]
+    for w in range(begin, count):
+        out[w] = line[w]
     for d in range(len(words)):
         number, numbers = words[d, word], words[d]
         for w in range(begin, count):

@@ -205,9 +205,10 @@ def forward(ids, lengths, model, states, pooled):
         if layer >= not_kept:
             row = 0
             for text in range(len(ids)):
-                end = row + lengths[text]
-                states[text, layer - not_kept, : lengths[text]] = x[row:end]
-                row = end
+                for position in range(lengths[text]):  # one by one: a slice assigned to takes seconds to compile
+                    for d in range(width):
+                        states[text, layer - not_kept, position, d] = x[row, d]
+                    row += 1
     row = 0
     for text in range(len(ids)):
         end = row + lengths[text]

@@ -75,14 +75,14 @@ def likely_threshold(
         table: log-probabilities, those of row r's children from ``begin + r * step`` on.
         values, scratch: room for a sample of ``room``.
     """
-    children = 0
+    children = np.int64(0)
     for at_row in range(0, rows * each, each):
         children += high[at_row] - low[at_row]
     if children < _MANY * keep:
         return -np.inf
     share = max(_SHARE, children // min(room, _SAMPLE) + 1)  # one child of so many is looked at
     allowed = uint64_at(bits)
-    count = at = 0
+    count = at = np.int64(0)
     for r in range(rows):
         first, of_row, here = low[r * each], high[r * each] - low[r * each], base[r * each]
         own = np.uint64(begin + r * step)
