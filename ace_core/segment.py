@@ -42,6 +42,7 @@ the third what the codewords in 8 bits do, the fourth is the third and says so i
 the third: there, until it is published again, a similarity is off by the rounding of the item's codewords (see
 :class:`ace_core.scoring.Codewords`)."""
 
+LOOKUP_NAME = "lookup.safetensors"
 LOOKUPS = ("item_id", "content_hash")
 """Columns that rows are found by."""
 
@@ -120,6 +121,9 @@ class Segment:
         )
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / "items.arrow"))).read_all()
         self._batches: list[pa.RecordBatch] = self.items.to_batches()
+        self._mapped_lookups: dict[str, np.ndarray] | None = None
+        if LOOKUP_NAME in self.manifest.files:  # now, for its files may be deleted while it serves on
+            self._mapped_lookups = map_arrays(folder / LOOKUP_NAME)
         self.corpus_root: str = self.manifest.settings["corpus_root"]
         if not len(self.gallery.codes) == self.items.num_rows == self.gallery.index.items:
             raise StoreError(
@@ -144,9 +148,9 @@ class Segment:
 
     @cached_property
     def _lookups(self) -> dict[str, Lookup]:
-        if "lookup.safetensors" not in self.manifest.files:  # of before there was such a file
+        arrays = self._mapped_lookups
+        if arrays is None:  # of before there was such a file
             return {name: Lookup.of(checksums(self.items.column(name))) for name in LOOKUPS}
-        arrays = map_arrays(self.folder / "lookup.safetensors")
         return {name: Lookup(arrays[f"{name}.sums"], arrays[f"{name}.rows"]) for name in LOOKUPS}
 
     def row_of(self, item_id: str) -> int | None:

@@ -24,7 +24,7 @@ from ace_core.identifiers import check_identifiers, sort_order
 from ace_core.lookup import Lookup, checksums
 from ace_core.manifest import Manifest, hash_folder, write_manifest
 from ace_core.scoring import Remainders
-from ace_core.segment import FORMAT, ITEM_COLUMNS, LOOKUPS, item_versions
+from ace_core.segment import FORMAT, ITEM_COLUMNS, LOOKUP_NAME, LOOKUPS, item_versions
 
 _WAITING = 65_536  # rows collected before they are put in their buckets
 _BUCKETS = 256
@@ -149,7 +149,7 @@ class SegmentWriter:
         ConstraintIndex.build(codes, self._vocab_sizes).save(self._folder / "constraint.safetensors")
         lookups = {name: Lookup.of(sums.pop(name)) for name in LOOKUPS}
         save_arrays(
-            self._folder / "lookup.safetensors",
+            self._folder / LOOKUP_NAME,
             {f"{name}.{part}": getattr(lookup, part) for name, lookup in lookups.items() for part in ("sums", "rows")},
         )
         manifest = Manifest(

@@ -293,9 +293,11 @@ class Store(Files):
 
     def _forget_deleted(self, cache: Path) -> None:
         """Without this the disk of a server that follows ``CURRENT`` would fill up with what it once served."""
-        for manifest in cache.glob(f"*/*/{MANIFEST_NAME}"):
-            if not manifest.parent.name.startswith(".") and not self.exists(manifest.relative_to(cache).as_posix()):
-                shutil.rmtree(manifest.parent, ignore_errors=True)
+        for mirrors in cache.glob("*/"):  # one question a kind, for there may be hundreds of snapshots
+            there = {info.base_name for info in self.listing(mirrors.name)}
+            for home in mirrors.glob("[!.]*/"):
+                if home.name not in there:
+                    shutil.rmtree(home, ignore_errors=True)
 
     # -- CURRENT -------------------------------------------------------------------------------------------
 

@@ -71,9 +71,7 @@ class Device:
     def __init__(self, name: str) -> None:
         self.torch = torch.device(name)
         self.is_gpu = self.torch.type == "cuda"
-        self.title = (
-            torch.cuda.get_device_name() if self.is_gpu else "THE ACCELERATOR'S FORM ON A CPU, no measure of a GPU"
-        )
+        self.title = torch.cuda.get_device_name() if self.is_gpu else _ON_CPU
         self.prefix = "gpu" if self.is_gpu else "tensors_on_cpu"
 
     def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:

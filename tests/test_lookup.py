@@ -41,3 +41,13 @@ def test_a_segment_without_the_file_finds_the_same(tmp_path: Path) -> None:
         parts = segment.rows_of_content(content_hash(content_of(299)))
         assert [ids[row] for row in parts] == sorted(["item-0298", "item-0299"], key=ids.index)
         assert segment.rows_of_content("") == []
+
+
+def test_what_serves_on_is_found_by_after_its_files_are_deleted(tmp_path: Path) -> None:
+    """`ace gc`, or a mirror that follows it, may delete a segment while a server still has it open."""
+    TinyStore(tmp_path).segment("one", 280, 20)
+    segment = Segment(tmp_path / "segments" / "one")
+    shutil.rmtree(segment.folder)
+    row = segment.row_of("item-0299")
+    assert row is not None and segment.item(row).item_id == "item-0299"
+    assert row in segment.rows_of_content(content_hash(content_of(299)))

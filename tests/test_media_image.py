@@ -224,6 +224,7 @@ def test_kinds() -> None:
     assert modality_of("a/b/Cat.JPEG") is Modality.IMAGE and mime_of("cat.png") == "image/png"
     assert modality_of("https://host/x.webm?token=1.mp3") is Modality.VIDEO
     assert modality_of("quiz/what is it? 1.jpg") is Modality.IMAGE and mime_of("why?.ogg") == "audio/ogg"
+    assert modality_of("300/x.jpg?width=300") is Modality.IMAGE and mime_of("x.png?v=1.2") == "image/png"
     assert modality_of("notes.txt") is None and mime_of("notes.txt") == "application/octet-stream"
     assert sniff(saved(scene(), "WEBP")) == ".webp" and sniff(b"plain text") is None
     assert sniff(saved(scene(), "BMP")) == ".bmp"

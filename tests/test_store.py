@@ -266,9 +266,29 @@ def test_mirrors_of_deleted_parts_go_with_the_next_snapshot(tmp_path: Path, s3: 
         _part(elsewhere, name)
         server.local_copy("aligner", name)
     elsewhere.delete_part("aligner", "one")
+    building = tmp_path / "mine" / "aligner" / ".mirror-of-another-process"
+    building.mkdir()
     with pytest.raises(StoreError, match="there is no snapshot none"):
         server.mirror("none")
-    assert [p.name for p in (tmp_path / "mine" / "aligner").iterdir()] == ["two"]
+    assert {p.name for p in (tmp_path / "mine" / "aligner").iterdir()} == {"two", building.name}
+
+
+def test_looking_for_deleted_parts_costs_one_question_a_kind(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that followed a year of `ace add` has hundreds of mirrors, and asks at every change."""
+    store = Store.open(f"s3://bucket/{tmp_path.name}{s3}", cache=tmp_path / "cache")
+    for name in ("one", "two", "three"):
+        _part(store, name)
+        store.local_copy("aligner", name)
+    asked: list[str] = []
+    exists, listing = store.exists, store.listing
+    monkeypatch.setattr(store, "exists", lambda name: asked.append(name) or exists(name))
+    monkeypatch.setattr(store, "listing", lambda name, **options: asked.append(name) or listing(name, **options))
+    with pytest.raises(StoreError, match="there is no snapshot none"):
+        store.mirror("none")
+    assert asked == ["aligner"]
+    assert {p.name for p in (tmp_path / "cache" / "aligner").iterdir()} == {"one", "two", "three"}
 
 
 def test_current_is_exclusive_on_a_file_system_that_can_create_exclusively(tmp_path: Path) -> None:

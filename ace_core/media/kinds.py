@@ -100,9 +100,11 @@ def mime_of(name: str) -> str:
 
 
 def _kind_of(name: str) -> tuple[Modality, str] | None:
-    """By the suffix; of a URL, by that of what is before its query. A file's name may have question marks, too."""
-    path = name.split("?", 1)[0] if "://" in name else name
-    return _KINDS.get(PurePosixPath(path).suffix.lower())
+    """By the suffix; of a URL, by that of what is before its query. A file's name may have question marks, too, and a
+    URL may be written relative to another."""
+    path = name.split("?", 1)[0]
+    names = (path,) if "://" in name else (name, path)
+    return next((kind for n in names if (kind := _KINDS.get(PurePosixPath(n).suffix.lower()))), None)
 
 
 def sniff(data: bytes) -> str | None:
