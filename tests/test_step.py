@@ -86,6 +86,32 @@ def test_a_step_is_the_naive_one(seed, items, sizes, depth, beam, share, kind, s
         rows = following
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("beam", [20, 64, 100])
+def test_a_step_over_many_long_rows_is_the_naive_one(kind, steps, beam):
+    """Rows so many and so long that each has lanes, of which most have no child that counts."""
+    rng, items, sizes = np.random.default_rng(beam), 20_000, (2, 64, 128, 64)
+    codes = np.stack([rng.integers(0, v, items) for v in sizes], 1).astype(np.uint16)
+    index = ConstraintIndex.build(codes[sort_order(codes, sizes)], sizes, 3)
+    walk, queries, skipped = Walk([index]), 2, 0
+    assert walk.present[2][0] is not None
+    rows, masks = walk.root(queries), walk.masks(None, queries)
+    for level, size in enumerate(sizes[:3]):
+        log_probs = -rng.exponential(2, (queries, max(rows.width, 1), size))
+        if steps is not None:
+            log_probs = np.round(log_probs * steps)
+        log_probs = np.ascontiguousarray(log_probs, kind)
+        following = walk.expand(rows, log_probs, beam, masks)
+        for query in range(queries):
+            expected = naive(index, np.ones(items, bool), rows, query, log_probs, beam)
+            found = following.score[query], following.parent[query], following.codes[query, :, level]
+            assert list(zip(*(numbers.tolist() for numbers in found)))[: following.live[query]] == expected
+            skipped += level == 2 and rows.live[query] - len({row for _, row, _ in expected})
+        rows = following
+    assert skipped > 0
+
+
 @compiled
 def lanes_say(there, rows, table, step, vocabulary, keep, lanes):
     return lane_threshold(
