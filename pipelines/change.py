@@ -53,6 +53,8 @@ def add_stage(
     place = pc.index_in(wanted.column("item_id"), value_set=published.column("item_id").combine_chunks())
     same = pc.equal(wanted.column("version"), published.column("version").take(place))
     fresh = ~pc.fill_null(same, False).to_numpy()
+    here = place.combine_chunks().filter(pa.array(~fresh)).to_numpy()
+    _report_moved(snapshot, published.column("segment").to_numpy()[here], features.settings["corpus_root"], reporter)
     unwanted = removed_by_name(snapshot)
     back = taken_back(unwanted, again, every=removed)
     there = pc.is_in(pa.array(again, pa.string()), value_set=wanted.column("item_id").combine_chunks()).to_pylist()
@@ -251,6 +253,22 @@ def _with_tombstones(
 
 def _versions(items: pa.Table) -> pa.Table:
     return pa.table({"item_id": items.column("item_id"), "version": item_versions(items)})
+
+
+def _report_moved(snapshot: Snapshot, segments: np.ndarray, root: str, reporter: Reporter) -> None:
+    """Say of items that are as they were, in the segments of these numbers, that their files are not looked for where
+    the corpus is now: an item is published with its path, a segment with the folder that the paths are below."""
+    counts = np.bincount(segments, minlength=len(snapshot.segments)).tolist()
+    moved: dict[str, int] = {}
+    for segment, count in zip(snapshot.segments, counts):
+        if count and segment.corpus_root != root:
+            moved[segment.corpus_root] = moved.get(segment.corpus_root, 0) + count
+    if moved:
+        items = counted(sum(moved.values()), "published item")
+        reporter.say(
+            f"the corpus moved: the files of {items} are still looked for below {' and '.join(moved)}; `ace publish` "
+            f"has them served from {root} (no refit)"
+        )
 
 
 def _report_gone(published: pa.Table, wanted: pa.Table, reporter: Reporter) -> None:

@@ -73,7 +73,9 @@ def resolve(root: str, uri: str) -> MediaFile:
         raise StoreError(f"the corpus cannot be read ({e})", where=root, remedy="Check that it is mounted.") from None
     if info.type != fs.FileType.File:
         raise StoreError(
-            "the file is not there any more", where=uri, remedy="Restore it, or remove the item with `ace remove`."
+            "the file is not there any more",
+            where=uri,
+            remedy="Restore it, or `ace remove` the item. Where the corpus moved: `ace ingest`, then `ace publish`.",
         )
     version = f"{path}\n{uri}\n{info.size}\n{info.mtime_ns}".encode()
     etag = f'"{hashlib.sha256(version).hexdigest()[:24]}"'

@@ -114,6 +114,27 @@ def test_add_replace_remove_roll_back(copy: Copy, capsys: pytest.CaptureFixture[
     assert rollback_stage(copy.store, quiet, last).id == last
 
 
+def test_a_corpus_that_moved_is_served_from_where_it_is_once_it_is_published(
+    copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud, root = Reporter(), str(copy.corpus)
+    retriever = Retriever.open(copy.store.mirror())
+    before = retriever.item("images/003.png")
+    assert before is not None and before.root != root
+    copy.ingest()
+    add_stage(copy.settings, copy.store, loud)
+    said = capsys.readouterr().err
+    assert f"the files of {len(copy.ids())} published items are still looked for below {before.root};" in said
+    assert f"`ace publish` has them served from {root}" in said and "nothing to add" in said
+
+    publish_stage(copy.settings, copy.store, loud)
+    after = Retriever.open(copy.store.mirror()).item("images/003.png")
+    assert after is not None and after.root == root and after.identifier == before.identifier
+    capsys.readouterr()
+    add_stage(copy.settings, copy.store, loud)
+    assert "the corpus moved" not in capsys.readouterr().err
+
+
 def test_what_was_removed_by_name_stays_out_until_it_changes(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
     """Its file is still in the corpus: the next `ace add` must not bring it back. A file that was gone comes back."""
     quiet, before = Reporter(quiet=True), copy.ids()
