@@ -155,8 +155,12 @@ class Catalog:
                 self._views.popitem(last=False)
 
     def item(self, item_id: str) -> StoredItem | None:
-        """An item of the newest snapshot, or of the one before it."""
-        views = list(self._views.values())  # a copy: this runs in a thread, and follow() may come in between
+        """An item of the newest snapshot, or of the one before it.
+
+        Raises:
+            StoreError: no replica has answered yet, so that nothing is known of any item.
+        """
+        views = list(self._views.values()) or [self.newest]  # a copy: follow() may come in between, in another thread
         return next((item for view in reversed(views) if (item := view.item(item_id))), None)
 
 

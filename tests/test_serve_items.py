@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from starlette.testclient import TestClient
 
+from ace_core.errors import StoreError
+from serve.catalog import Catalog
 from tests.serving_http import problem_of
 from tests.serving_world import WorldItem
 
@@ -16,6 +19,11 @@ def test_an_item_by_its_id(http: TestClient) -> None:
     slashed = http.get("/v1/items/clips/red%20moves").json()
     assert slashed["modality"] == "video" and http.get(slashed["media_url"]).headers["content-type"] == "video/mp4"
     assert problem_of(http.get("/v1/items/green-square"), 404)["where"] == "item_id"  # it was removed
+
+
+def test_before_a_snapshot_is_open_no_item_is_said_to_be_missing(shapes_store: Path) -> None:
+    with pytest.raises(StoreError, match="no snapshot is open yet"):
+        Catalog(str(shapes_store)).item("red-square")
 
 
 def test_media_answers_ranges_and_conditions(http: TestClient, shapes: tuple[Path, list[WorldItem]]) -> None:
