@@ -46,6 +46,16 @@ def test_the_nth_largest(values, data):
     assert nth_largest(array, len(values), n, np.empty(len(values))) == sorted(values)[-n]
 
 
+@pytest.mark.timeout(60)
+def test_the_nth_largest_ends_where_some_are_no_numbers():
+    rng = np.random.default_rng(0)
+    for n in range(1, 200):
+        values = rng.standard_normal(200)
+        values[rng.random(200) < 0.3] = np.nan
+        found = nth_largest(values.copy(), len(values), n, np.empty(len(values)))
+        assert np.isnan(found) or found == -np.inf or found in values
+
+
 @settings(deadline=None)
 @given(scores)
 def test_best_first_is_a_stable_sort(values):

@@ -38,7 +38,10 @@ def _spread(values, count, steps):
 
 @compiled
 def nth_largest(values, count, n, scratch):
-    """The n-th largest (from 1) of the first ``count`` values. ``scratch``: as long as they are."""
+    """The n-th largest (from 1) of the first ``count`` values. ``scratch``: as long as they are.
+
+    Where some are no numbers: any of them, or -inf.
+    """
     steps = np.empty(_STEPS, np.int64)
     largest, per_unit = _spread(values, count, steps)
     step = 0
@@ -93,6 +96,8 @@ def _nth_of_few(values, count, n):
             values[i] = values[equal]
             values[equal] = value
             equal += value == pivot
+        if equal == low:  # nothing equals the pivot, which is no number
+            return -np.inf
         if n <= equal - low:
             return pivot
         n -= equal - low
