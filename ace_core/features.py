@@ -216,6 +216,13 @@ def split_of(items: pa.Table, settings: SplitSettings) -> Split:
     )
 
 
+def last_captions(items: pa.Table) -> Pairs:
+    """Each item's last caption, where no other item has it: what a :func:`split` trains on, keeps or asks with."""
+    captions = _Captions.of(items.column("captions"))
+    last = np.diff(captions.rows, append=len(captions.counts)) > 0
+    return captions.pairs(last & captions.unique)
+
+
 def _training(
     items: pa.Table, captions: _Captions, trained: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, pa.Array]:

@@ -21,7 +21,7 @@ from ace_core.config import Settings
 from ace_core.encoders import TextFeatures
 from ace_core.errors import CorpusError
 from ace_core.evaluation import FEW, Retrieval, exact_ranks, ranks_in, summarise
-from ace_core.features import Features, Pairs
+from ace_core.features import Features, Pairs, last_captions
 from ace_core.items import MODALITIES, Modality
 from ace_core.manifest import code_version, fingerprint
 from ace_core.query import Mode
@@ -130,10 +130,8 @@ def query_kinds(store: Store, snapshot: SnapshotManifest, corpus: Corpus, settin
     if fitted_on not in (None, snapshot.inputs["features"]) and store.find("features", str(fitted_on)) is not None:
         known = indexed_ids(store, str(fitted_on))
         new = ~pc.is_in(corpus.features.items.column("item_id"), value_set=known).to_numpy()
-        captions = corpus.features.items.column("captions").to_pylist()
-        added = [(row, captions[row][-1]) for row in np.flatnonzero(new).tolist() if captions[row]]
         kinds = {name: _only(pairs, ~new) for name, pairs in kinds.items()}
-        kinds["added"] = Pairs(np.array([r for r, _ in added], np.int64), [t for _, t in added])
+        kinds["added"] = _only(last_captions(corpus.features.items), new)
     limit, seed = settings.evaluation.max_queries, settings.compute.seed
     kinds = {name: pairs.sample(limit, seed) for name, pairs in kinds.items() if len(pairs)}
     if not kinds and len(split.val_shared) and not len(split.val_queries):

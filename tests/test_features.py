@@ -17,6 +17,7 @@ from ace_core.features import (
     ITEM_SCHEMA,
     embeddings_of,
     features_schema,
+    last_captions,
     read_errors,
     read_features,
     split_of,
@@ -97,6 +98,16 @@ def _split_table() -> pa.Table:
     splits = ["train", None, "train", "test", "test", "val", "train"]
     attributes = [json.dumps({"split": s} if s else {}) for s in splits]
     return _rows(list("0123456"), "image", captions=captions, attributes=attributes)
+
+
+def test_last_captions_are_those_that_a_fit_knows() -> None:
+    """What asks for an added item is encoded with the split's texts, wherever its item is; a shared one need not be."""
+    items = _split_table()
+    last = last_captions(items)
+    assert list(zip(last.rows.tolist(), last.texts)) == [(0, "b"), (1, "c"), (4, "g"), (5, "h")]
+    split = split_of(items, SplitSettings())
+    lists = split.train_pairs, split.seen_queries, split.unseen_queries, split.val_queries, split.val_shared
+    assert set(last.texts) <= {text for pairs in lists for text in pairs.texts}
 
 
 def test_split_follows_the_attribute() -> None:
