@@ -2,7 +2,7 @@
 
 The children of each row (of each 64 tokens, where rows are few) go through 16 lanes, which keep the largest they have
 seen. The n-th largest of all lanes is a score that n children reach and few others do, since it is rare that two of the
-best share a lane. Which rows have none of them, the lanes say as well. No branch depends on a score.
+best share a lane. Which rows have none of them, the lanes say as well. No branch depends on a child's score.
 """
 
 from __future__ import annotations
